@@ -1,0 +1,93 @@
+"""What a cache policy is: the options of one method, which build the caches that keep its promise."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from regard.llm.cache import KVLayer, PolicyCache
+
+
+@dataclass(frozen=True)
+class CachePolicy(ABC):
+    """The options of a key-value cache policy; `regard.llm.use` puts it to work.
+
+    The laws, held by `tests/laws/test_policies.py`: `unlimited()` equals the untouched model; the bytes held never
+    exceed `promised_bytes`; where `chunk_invariant`, feeding the prompt in any chunks gives the same; a batch of two
+    equals two batches of one; left padding, beams, several turns on one cache, and reset all work.
+    """
+
+    chunk_invariant: ClassVar[bool] = True
+    """False where the method looks at whole prompts, so that the chunks a prompt comes in change what is kept."""
+
+    @abstractmethod
+    def layer(self, config: PretrainedConfig, index: int) -> KVLayer:
+        """An empty cache for the model layer of that index."""
+
+    @abstractmethod
+    def promised_bytes(self, config: PretrainedConfig, batch: int, tokens: int, itemsize: int = 4) -> int:
+        """The most bytes of keys and values that the cache may hold after `tokens` tokens, `itemsize` bytes a number."""
+
+    @abstractmethod
+    def unlimited(self) -> Self:
+        """The same policy with the options under which it must equal full attention."""
+
+    def check(self, config: PretrainedConfig) -> None:
+        """Raises ValueError, in one sentence, where the options do not fit the model."""
+
+    def cache(self, model: PreTrainedModel) -> PolicyCache:
+        """An empty cache for the model."""
+        config = model.config.get_text_config()
+        self.check(config)
+        return PolicyCache([self.layer(config, index) for index in range(config.num_hidden_layers)])
+
+    def fit(self, model: PreTrainedModel, texts: Sequence[str]) -> Self:
+        """The policy after its search or training on the model; itself where it needs none."""
+        return self
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Writes the options to `policy.json` in the folder."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        options = {"policy": type(self).__name__, **dataclasses.asdict(self)}
+        part = path / "policy.json.part"
+        part.write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")
+        part.rename(path / "policy.json")
+
+    @classmethod
+    def load(cls, folder: str | PathLike[str]) -> Self:
+        """The policy whose options `save` wrote.
+
+        Raises ValueError where the file is of another policy or has options that this one does not know.
+        """
+        path = Path(folder) / "policy.json"
+        options: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if (name := options.pop("policy", None)) != cls.__name__:
+            raise ValueError(f"{path} holds the policy {name!r}, expected {cls.__name__!r}")
+        unknown = sorted(set(options) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"{path} has the option {unknown[0]!r}, which {cls.__name__} does not know")
+        return cls(**options)
+
+
+def bytes_per_token(config: PretrainedConfig, itemsize: int = 4) -> int:
+    """Bytes of keys and values that one token of one KV head takes, all layers together."""
+    return 2 * head_dim(config) * itemsize * config.num_hidden_layers
+
+
+def head_dim(config: PretrainedConfig) -> int:
+    """Channels of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def kv_heads(config: PretrainedConfig) -> int:
+    """Key-value heads of one layer: as many as query heads where the model does not group them."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
