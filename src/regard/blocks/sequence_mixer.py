@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 State = Any
-"""A NamedTuple of batch-first tensors, accumulators in fp32. A rolling state carries `seen`, because positions need it."""
+"""A NamedTuple of batch-first tensors, accumulators in fp32. A rolling state carries `seen`: positions need it."""
 
 
 class SequenceMixer(nn.Module, ABC):

@@ -1,0 +1,1 @@
+"""Built-in real data, generators, and loaders of users' own files, by modality."""
