@@ -45,8 +45,9 @@ def attach(model: PreTrainedModel, attend: AttentionFunction) -> Iterator[PreTra
     Works on every model that goes through transformers' attention interface (Llama, Mistral, Qwen, Gemma, GPT-NeoX
     and most others), and nests: the innermost attention function counts.
 
-    Raises ValueError where the model is an encoder-decoder, or does not go through the interface, or passes an attention
-    argument that `attend` would have to know (a soft cap, attention sinks), or where the caller passes a 4-D mask.
+    Raises ValueError where the model is an encoder-decoder, or does not go through the interface, or passes an
+    attention argument that `attend` would have to know (a soft cap, attention sinks), or where the caller passes a
+    4-D mask.
     """
     require_decoder(model)
     name = f"regard-{next(_numbers)}"
@@ -69,7 +70,9 @@ def attach(model: PreTrainedModel, attend: AttentionFunction) -> Iterator[PreTra
 def require_decoder(model: PreTrainedModel) -> None:
     """Raises ValueError, in one sentence, where the model is not a decoder-only language model."""
     if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder; only decoder-only language models are supported")
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder; only decoder-only language models are supported"
+        )
 
 
 def _as_transformers_calls_it(attend: AttentionFunction) -> Callable[..., tuple[Tensor, None]]:
@@ -89,7 +92,7 @@ def _as_transformers_calls_it(attend: AttentionFunction) -> Callable[..., tuple[
         if unknown:
             raise ValueError(f"{type(module).__name__} passes {unknown[0]!r}, which replaced attention does not know")
         if dropout:
-            raise ValueError(f"attention dropout must be 0 while attention is replaced, got {dropout}; call model.eval()")
+            raise ValueError(f"dropout must be 0 while attention is replaced, got {dropout}; call model.eval()")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return attend(module, query, key, value, attention_mask, scale).transpose(1, 2).contiguous(), None
 
@@ -109,7 +112,7 @@ def _visible(
         padding = padding[:, : q_offset + q_length]
         if padding.shape[1] < q_offset + q_length:
             raise ValueError(
-                f"attention_mask must cover all {q_offset + q_length} tokens so far, got {attention_mask.shape[1]}"
+                f"attention_mask must cover all {q_offset + q_length} tokens so far, got {padding.shape[1]}"
             )
         if bool(padding.all()):
             padding = None

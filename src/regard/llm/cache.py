@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
+from typing_extensions import override
 
 from regard.llm.visible import Visible
 
@@ -101,6 +102,7 @@ class SinksAndRecentStore(Store):
 
     @property
     def size(self) -> int:
+        """Slots of a row."""
         return self.sinks + self.recent
 
     @property
@@ -174,11 +176,13 @@ class SinksAndRecentStore(Store):
         empty = torch.where(ring < 0, slot >= seen, turns < 0)
         return torch.where(empty, -1, held)
 
+    @override
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         super().map_rows(change)
         if self.padding is not None:
             self.padding = change(self.padding)
 
+    @override
     def reset(self) -> None:
         super().reset()
         self.seen, self.padding, self._still_padding = 0, None, True
@@ -212,9 +216,9 @@ class KVLayer(CacheLayerMixin):
         visible: Visible,
         scale: float,
     ) -> Float[Tensor, "batch heads queries dim_v"]:
-        """The attention of the new queries over the new tokens and those held; stores of the new ones what the policy keeps.
+        """The attention of the new queries over the new tokens and those held.
 
-        `self.seen` counts the tokens before these.
+        Stores of the new tokens what the policy keeps. `self.seen` counts the tokens before these.
         """
 
     @property
@@ -241,52 +245,66 @@ class KVLayer(CacheLayerMixin):
         self.seen += key.shape[2]
         return out
 
+    @override
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if key_states.shape[0] != self.batch:
-            raise ValueError(f"this cache holds a batch of {self.batch}, got {key_states.shape[0]} rows; reset() it first")
+            raise ValueError(f"this cache holds a batch of {self.batch}, got {key_states.shape[0]}; reset() it first")
         self._new = key_states, value_states
         return self, self
 
+    @override
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.batch = key_states.shape[0]
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
+    @override
     def get_seq_length(self) -> int:
         return self.seen
 
+    @override
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seen + query_length, 0
 
+    @override
     def get_max_length(self) -> int:
         return -1
 
+    @override
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
-            raise ValueError(f"{type(self).__name__} has evicted tokens, so the last {-tokens_to_remove} cannot be taken back")
+            raise ValueError(
+                f"{type(self).__name__} has evicted tokens: the last {-tokens_to_remove} cannot be taken back"
+            )
 
+    @override
     def reset(self) -> None:
         for store in self.stores:
             store.reset()
         self.seen, self.batch, self._new, self.is_initialized = 0, None, None, False
 
+    @override
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.map_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
+    @override
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.map_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
         self.batch = None if self.batch is None else self.batch * repeats
 
+    @override
     def batch_select_indices(self, indices: Bool[Tensor, " batch"] | Int[Tensor, " chosen"]) -> None:
         self.map_rows(lambda tensor: tensor[indices.to(tensor.device)])
         if self.batch is not None:
             self.batch = int(indices.sum()) if indices.dtype == torch.bool else len(indices)
 
+    @override
     def offload(self) -> None:
         raise ValueError(f"{type(self).__name__} does not offload; choose a policy that holds less")
 
+    @override
     def prefetch(self) -> None:
         raise ValueError(f"{type(self).__name__} does not offload; choose a policy that holds less")
 

@@ -131,13 +131,17 @@ def _from_pretrained(name: str, folder: Path | None) -> tuple[PreTrainedModel, P
         config = AutoConfig.from_pretrained(place)
     except (OSError, ValueError, KeyError) as error:
         if folder is not None:
-            raise ValueError(f"model folder {folder}: config.json does not describe a known model ({_first(error)})") from None
+            raise ValueError(
+                f"model folder {folder}: config.json does not describe a known model ({_first(error)})"
+            ) from None
         raise OSError(
             f"model {name!r} is neither a file or folder here, nor in the local Hugging Face cache, nor can it be had "
             "from the hub now; accepted are 'smollm2', a folder, a .gguf file, or the id of a downloaded model"
         ) from None
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"model {name!r} is an encoder-decoder ({config.model_type}); accepted are decoder-only language models")
+        raise ValueError(
+            f"model {name!r} is an encoder-decoder ({config.model_type}); accepted are decoder-only language models"
+        )
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(f"model {name!r} ({config.model_type}) is not a causal language model")
     try:
@@ -200,7 +204,7 @@ def _convert(file: Path, folder: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file.name)
         except (OSError, ValueError, IndexError, KeyError, OverflowError, MemoryError, RuntimeError) as error:
             raise ValueError(
-                f"{file} cannot be read as a GGUF model: it is truncated, damaged or of an unknown kind ({_first(error)})"
+                f"{file} cannot be read as a GGUF model: truncated, damaged or of an unknown kind ({_first(error)})"
             ) from None
         model.hf_quantizer = None  # the weights are plain tensors now, and must be saved as such
         model.save_pretrained(folder)

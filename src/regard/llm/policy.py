@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
 
 from transformers import PretrainedConfig, PreTrainedModel
 
 from regard.llm.cache import KVLayer, PolicyCache
+
+P = TypeVar("P", bound="CachePolicy")
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,13 @@ class CachePolicy(ABC):
 
     @abstractmethod
     def promised_bytes(self, config: PretrainedConfig, batch: int, tokens: int, itemsize: int = 4) -> int:
-        """The most bytes of keys and values that the cache may hold after `tokens` tokens, `itemsize` bytes a number."""
+        """The most bytes of keys and values that the cache may hold after `tokens`, at `itemsize` bytes a number."""
 
     @abstractmethod
-    def unlimited(self) -> Self:
+    def unlimited(self: P) -> P:
         """The same policy with the options under which it must equal full attention."""
 
-    def check(self, config: PretrainedConfig) -> None:
+    def check(self, config: PretrainedConfig) -> None:  # noqa: B027 - most options fit every model
         """Raises ValueError, in one sentence, where the options do not fit the model."""
 
     def cache(self, model: PreTrainedModel) -> PolicyCache:
@@ -49,7 +51,7 @@ class CachePolicy(ABC):
         self.check(config)
         return PolicyCache([self.layer(config, index) for index in range(config.num_hidden_layers)])
 
-    def fit(self, model: PreTrainedModel, texts: Sequence[str]) -> Self:
+    def fit(self: P, model: PreTrainedModel, texts: Sequence[str]) -> P:
         """The policy after its search or training on the model; itself where it needs none."""
         return self
 
@@ -63,7 +65,7 @@ class CachePolicy(ABC):
         part.rename(path / "policy.json")
 
     @classmethod
-    def load(cls, folder: str | PathLike[str]) -> Self:
+    def load(cls: type[P], folder: str | PathLike[str]) -> P:
         """The policy whose options `save` wrote.
 
         Raises ValueError where the file is of another policy or has options that this one does not know.

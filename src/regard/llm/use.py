@@ -35,9 +35,9 @@ def use(model: PreTrainedModel, policy: CachePolicy) -> Iterator[PreTrainedModel
     """
     policy.check(model.config.get_text_config())
 
-    def swap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def swap(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         given = kwargs.get("past_key_values")
-        if given is None or not isinstance(given, PolicyCache) and given.get_seq_length() == 0:
+        if given is None or (not isinstance(given, PolicyCache) and given.get_seq_length() == 0):
             kwargs["past_key_values"] = policy.cache(model)
         else:
             _require_fitting(given, model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -22,7 +23,7 @@ class Visible:
     `queries` of the `seen` positions so far. A model with sliding-window layers hands each layer its own rule.
     """
 
-    def __init__(self, rule: Rule, first: int, queries: int, padding: Bool[Tensor, "batch seen"] | None, device):
+    def __init__(self, rule: Rule, first: int, queries: int, padding: Bool[Tensor, "batch seen"] | None, device: Any):
         self.rule = rule
         self.first = first
         """Position of the first query."""
