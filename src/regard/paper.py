@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -53,7 +53,8 @@ class Paper:
     def __post_init__(self) -> None:
         unknown = sorted(set(self.provides) - set(get_args(Provides)))
         if unknown:
-            raise ValueError(f"{self.slug}: provides must be out of {', '.join(get_args(Provides))}, got {unknown[0]!r}")
+            known = ", ".join(get_args(Provides))
+            raise ValueError(f"{self.slug}: provides must be out of {known}, got {unknown[0]!r}")
 
     @property
     def page(self) -> str:
@@ -97,7 +98,7 @@ class Run:
         if self.display is None:
             yield from items
             return
-        if total is None and hasattr(items, "__len__"):
+        if total is None and isinstance(items, Sized):
             total = len(items)
         task = self.display.add_task(description, total=total)
         try:
@@ -144,4 +145,6 @@ class Claim:
 class Job(Protocol):
     """A frozen dataclass tree whose fields are the command line and the `--config` file."""
 
-    def run(self, run: Run) -> Path: ...
+    def run(self, run: Run) -> Path:
+        """The folder or file that the job made."""
+        ...

@@ -1,0 +1,1 @@
+"""Measuring claims, keeping what was measured, and saying what has changed since."""
