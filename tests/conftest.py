@@ -17,10 +17,14 @@ from pathlib import Path
 from textwrap import dedent
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 if TYPE_CHECKING:
     from regard.paper import Paper
+
+hypothesis.settings.register_profile("regard", deadline=None)  # how long an example takes says how busy the machine is
+hypothesis.settings.load_profile("regard")
 
 CARD = """\
 ---

@@ -106,8 +106,7 @@ def attend(
 
     Raises ValueError where shapes do not fit each other, TypeError where a tensor mask is not boolean.
     """
-    _check(q, k, v, mask, bias)
-    queries, keys = q.shape[2], k.shape[2]
+    heads, kv_heads, queries, keys = _sizes(q, k, v, mask, bias)
     recording = recorder.wanted()
     trained_bias = bias is not None and bias.requires_grad and torch.is_grad_enabled()
     if need_weights or recording or trained_bias or not keys or (need_lse and bias is not None):
@@ -120,9 +119,7 @@ def attend(
         mask = None  # the last token sees every key
     if isinstance(mask, Mask):
         if mask is causal() and queries == keys and not need_lse and bias is None:
-            return scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-            )
+            return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=heads != kv_heads)
         strips = _strips(mask, q, keys) if queries >= BLOCK and keys >= 4 * BLOCK else None
         if strips is not None:
             if q.device.type in _flex_devices and not need_lse and bias is None:
@@ -134,6 +131,8 @@ def attend(
     if need_lse:
         out, lse = partial_attention(q, k, v, mask=mask, scale=scale)
         return Attended(out, lse=lse)
+    if mask is None and bias is None and heads == kv_heads:
+        return scaled_dot_product_attention(q, k, v, scale=scale)  # as for decoding, where microseconds count
     return _fused(q, k, v, mask, bias, scale)
 
 
@@ -294,18 +293,27 @@ def _asked(attended: Attended, need_weights: bool, need_lse: bool) -> Out | Atte
     return Attended(attended.out, attended.weights if need_weights else None, attended.lse if need_lse else None)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, bias: Tensor | None) -> None:
-    if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(f"q, k and v must have 4 dimensions, got {q.ndim}, {k.ndim} and {v.ndim}")
-    batch, heads, queries, dim = q.shape
-    if k.shape[0] != batch or k.shape[3] != dim or k.shape[:3] != v.shape[:3]:
+def _sizes(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, bias: Tensor | None
+) -> tuple[int, int, int, int]:
+    """How many heads, kv_heads, queries and keys there are, once everything is seen to fit; raises where it does not.
+
+    Every call pays for this, and each look at a shape costs as much as ten comparisons: one look per tensor.
+    """
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    if not len(q_shape) == len(k_shape) == len(v_shape) == 4:
+        raise ValueError(f"q, k and v must have 4 dimensions, got {len(q_shape)}, {len(k_shape)} and {len(v_shape)}")
+    batch, heads, queries, dim = q_shape
+    k_batch, kv_heads, keys, k_dim = k_shape
+    v_batch, v_heads, v_keys, _ = v_shape
+    if not (k_batch == v_batch == batch and kv_heads == v_heads and keys == v_keys and k_dim == dim):
         raise ValueError(
             "q, k and v must agree in batch, kv_heads, keys and dim, "
-            f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+            f"got q {tuple(q_shape)}, k {tuple(k_shape)}, v {tuple(v_shape)}"
         )
-    if k.shape[1] == 0 or heads % k.shape[1]:
-        raise ValueError(f"heads must be a multiple of kv_heads, got {heads} heads and {k.shape[1]} kv_heads")
-    full = (batch, heads, queries, k.shape[2])
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"heads must be a multiple of kv_heads, got {heads} heads and {kv_heads} kv_heads")
+    full = (batch, heads, queries, keys)
     if mask is not None and not isinstance(mask, Mask):
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be boolean (True = may attend), got {mask.dtype}: a bias goes in bias")
@@ -314,6 +322,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, bias: Te
         if not bias.is_floating_point():
             raise TypeError(f"bias must be floating-point, got {bias.dtype}")
         _check_broadcasts("bias", bias, full)
+    return heads, kv_heads, queries, keys
 
 
 def _check_broadcasts(name: str, given: Tensor, full: tuple[int, int, int, int]) -> None:

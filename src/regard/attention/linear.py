@@ -9,8 +9,9 @@ size of its chunks: parallel (`chunk >= tokens`), chunked, recurrent (`chunk = 1
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -28,6 +29,7 @@ class LinearState(NamedTuple):
     """(batch, heads, features): the decayed sum of `phi(key)`; no features where there is no normaliser."""
 
 
+@runtime_checkable
 class FeatureMap(Protocol):
     """The map `phi` of queries and keys to features, and the similarity that it stands for."""
 
@@ -136,7 +138,8 @@ def linear_attention(
     held = _checked(state, (batch, heads, features, v.shape[-1]), sums, precise)
     log_decay = _per_token(decay, (batch, heads, tokens, features))
 
-    with torch.autocast(q.device.type, enabled=False):
+    has_autocast = torch.amp.is_autocast_available(q.device.type)  # the meta device has none
+    with torch.autocast(q.device.type, enabled=False) if has_autocast else nullcontext():
         outs = []
         for start in range(0, tokens, chunk):
             piece = slice(start, start + chunk)

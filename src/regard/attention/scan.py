@@ -75,12 +75,12 @@ class Running(NamedTuple):
     @property
     def out(self) -> Float[Tensor, "*rows dim"]:
         """The weighted mean of the values; zero before any token."""
-        return self.weighted / self.total.clamp_min(1.0).unsqueeze(-1)
+        return self.weighted / _nonzero(self.total).unsqueeze(-1)
 
     @property
     def partial(self) -> Partial:
         """The same attention as a `Partial`, to be merged with others."""
-        lse = self.top + self.total.clamp_min(1.0).log()
+        lse = self.top + _nonzero(self.total).log()
         return Partial(self.out, lse.masked_fill(self.total == 0, -math.inf))
 
 
@@ -120,7 +120,7 @@ def prefix_attention(
         top, sums = _prefixes(top, torch.cat([before, pad(wide, (0, 1), value=1.0)], -2), chunk)
     last = Running(top[..., -1], sums[..., -1, -1], sums[..., -1, :-1])
     weighted, total = sums[..., 1:, :-1], sums[..., 1:, -1:]
-    return (weighted / total.clamp_min(1.0)).to(values.dtype), last
+    return (weighted / _nonzero(total)).to(values.dtype), last
 
 
 def plain_prefix_attention(
@@ -177,6 +177,11 @@ def _prefixes_of_chunk(top: Tensor, sums: Tensor, floor: Tensor) -> tuple[Tensor
     later = torch.ones(size, size, dtype=torch.bool, device=top.device).triu(1)
     weights = (top[..., None, :] - running[..., None]).masked_fill(later, -math.inf).exp()
     return running, weights @ sums
+
+
+def _nonzero(total: Tensor) -> Tensor:
+    """The sum, 1 before any token. Not `clamp_min(1.0)`: at exactly 1, a first token's, its gradient is 0."""
+    return total.masked_fill(total == 0, 1.0)
 
 
 def _lowest(like: Tensor) -> float:

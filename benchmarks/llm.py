@@ -1,0 +1,119 @@
+"""Decoding SmolLM2 at 4k and 8k tokens of context: the untouched model, all tokens kept, DuoAttention, streaming.
+
+Run alone on the machine: `python benchmarks/llm.py`. The ways take turns token by token, so every ratio is of one run.
+The part of a step that is not attention is what a step costs at the very beginning of a text.
+"""
+
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from regard.data.text import python_reference
+from regard.evidence.store import write_json
+from regard.llm import CachePolicy, Full, Streaming, load, use
+from regard.llm.longcontext import Haystack, bytes_held, new_cache, read
+from regard.papers.duo_attention import DuoAttention
+
+CONTEXTS = (4096, 8128)
+STEPS, WARM = 48, 4
+CHUNK = 1024
+RESULTS = Path(__file__).parent / "results" / "llm.json"
+
+UNTOUCHED = "untouched model"
+
+
+def ways() -> dict[str, CachePolicy | None]:
+    """The policies that are compared; None leaves the model and transformers' own cache as they are."""
+    duo = DuoAttention.pretrained(prefill="streaming")
+    return {UNTOUCHED: None, "full": Full(), "duo_attention": duo, "streaming": Streaming(duo.sinks, duo.recent)}
+
+
+def step_seconds(model: PreTrainedModel, caches: dict[str, Cache], token: Tensor) -> dict[str, list[float]]:
+    """Seconds of each of the next steps, the ways taking turns."""
+    policies = ways()
+    times: dict[str, list[float]] = {name: [] for name in caches}
+    for step in range(WARM + STEPS):
+        for name, cache in caches.items():
+            policy = policies[name]
+            if policy is None:
+                seconds = one_step(model, token, cache)
+            else:
+                with use(model, policy):
+                    seconds = one_step(model, token, cache)
+            if step >= WARM:
+                times[name].append(seconds)
+    return times
+
+
+@torch.no_grad()
+def one_step(model: PreTrainedModel, token: Tensor, cache: Cache) -> float:
+    begun = time.perf_counter()
+    model(token, past_key_values=cache, logits_to_keep=1)
+    return time.perf_counter() - begun
+
+
+def filled(model: PreTrainedModel, policy: CachePolicy | None, tokens: Tensor) -> Cache:
+    """The way's cache after it has read the tokens."""
+    cache = new_cache(model, policy)
+    if policy is None:
+        with torch.no_grad():
+            read(model, tokens, cache, CHUNK)
+    else:
+        with use(model, policy):
+            read(model, tokens, cache, CHUNK)
+    return cache
+
+
+def measure(model: PreTrainedModel, text: Tensor, context: int) -> list[dict]:
+    """One row for each way of decoding after so many tokens."""
+    token = text[:1][None]
+    caches, prefill = {}, {}
+    for name, policy in ways().items():
+        begun = time.perf_counter()
+        caches[name] = filled(model, policy, text[:context])
+        prefill[name] = time.perf_counter() - begun
+    held = {name: bytes_held(cache) for name, cache in caches.items()}
+    at_start = step_seconds(model, {name: filled(model, policy, text[:1]) for name, policy in ways().items()}, token)
+    steps = step_seconds(model, caches, token)
+    rest = {name: median(times) for name, times in at_start.items()}
+    attention = {name: median(steps[name]) - rest[name] for name in steps}
+    return [
+        {
+            "context": context,
+            "way": name,
+            "kv_mib": held[name] / 2**20,
+            "prefill_s": prefill[name],
+            "step_ms": 1e3 * median(steps[name]),
+            "attention_ms": 1e3 * attention[name],
+            "attention_share": attention[name] / median(steps[name]),
+            "step_speedup": median(a / b for a, b in zip(steps[UNTOUCHED], steps[name], strict=True)),
+            "attention_speedup": attention[UNTOUCHED] / max(attention[name], 1e-5),
+        }
+        for name in steps
+    ]
+
+
+def main() -> None:
+    torch.set_num_threads(2)
+    loaded = load("smollm2")
+    text = torch.from_numpy(Haystack(loaded.tokenizer).encode(python_reference()[: 8 * max(CONTEXTS)]))
+    assert len(text) >= max(CONTEXTS)
+    rows = [row for context in CONTEXTS for row in measure(loaded.model, text, context)]
+    table = Table(*rows[0], title="SmolLM2-135M, fp32, one sequence, 2 threads", title_justify="left")
+    for row in rows:
+        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
+    RESULTS.parent.mkdir(exist_ok=True)
+    write_json(RESULTS, {"threads": torch.get_num_threads(), "steps": STEPS, "rows": rows})
+    print(f"written to {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()
