@@ -1,5 +1,6 @@
 """DuoAttention: gates in the authors' format, training as released, split caches that equal masked attention."""
 
+import dataclasses
 import math
 
 import pytest
@@ -9,9 +10,20 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from regard.attention.masks import sinks_and_window
 from regard.llm import attach, use
+from regard.llm.longcontext import Prompt, Turn
 from regard.llm.visible import Visible
-from regard.papers.duo_attention import DuoAttention, binarise, load_gates, random_gates, save_gates
+from regard.papers.duo_attention import DuoAttention, binarise, find_gates, load_gates, random_gates, save_gates
+from regard.papers.duo_attention.reorder import permute_heads, reordered
 from regard.papers.duo_attention.streaming import streaming_attention
+from regard.papers.duo_attention.training import (
+    Example,
+    GateTraining,
+    as_example,
+    frozen,
+    gated_loss,
+    schedule,
+    train_gates,
+)
 
 VOCABULARY, LAYERS, HEADS = 61, 3, 3
 SIZES = dict(
@@ -209,3 +221,179 @@ def test_left_padded_rows_equal_single_rows(llama, prefill, chunks):
         own = [int(e) for e in (ends - skipped).clamp(min=0).diff(prepend=torch.zeros(1, dtype=torch.long))]
         alone, _ = in_chunks(llama, policy(prefill=prefill), ids[row : row + 1, skipped:], [n for n in own if n])
         torch.testing.assert_close(logits[row : row + 1, skipped:], alone, rtol=1e-4, atol=2e-4)
+
+
+# Deployment
+
+
+def test_bytes_are_the_formula_of_the_paper(llama):
+    here = policy(prefill="streaming")
+    full = int(MIXED.sum())
+    cache, ids = here.cache(llama), tokens(2, 40)
+    with use(llama, here):
+        for step in range(40):
+            llama(ids[:, step : step + 1], past_key_values=cache)
+            seen = step + 1
+            expected = 2 * 8 * 4 * 2 * (full * seen + (MIXED.numel() - full) * min(seen, 3 + 7))
+            assert cache.bytes_held == expected == here.promised_bytes(llama.config, 2, seen)
+
+
+def test_one_prefill_serves_every_choice_of_heads(llama):
+    ids = tokens(2, 50)
+    everything = policy().unlimited()
+    read = everything.cache(llama)
+    with use(llama, everything):
+        llama(ids[:, :30], past_key_values=read)
+    for choice in (policy(), policy().unlimited(), DuoAttention.of_heads(~MIXED, sinks=2, recent=5)):
+        alone, _ = in_chunks(llama, choice, ids, [30, *[1] * 20])
+        cache = choice.split(read)
+        with use(llama, choice):
+            rest = [llama(ids[:, at : at + 1], past_key_values=cache).logits for at in range(30, 50)]
+        torch.testing.assert_close(torch.cat(rest, 1), alone[:, 30:], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="only the released prefill can be shared"):
+        policy(prefill="streaming").split(read)
+
+
+def test_tokens_can_be_taken_back_until_one_was_dropped(llama):
+    here, ids = policy(), tokens(1, 30)
+    cache = here.cache(llama)
+    with use(llama, here):
+        llama(ids[:, :8], past_key_values=cache)
+        before = llama(ids[:, 8:9], past_key_values=cache).logits
+        for layer in cache.layers:
+            layer.crop(-1)
+        assert cache.get_seq_length() == 8
+        again = llama(ids[:, 8:9], past_key_values=cache).logits
+        torch.testing.assert_close(again, before)
+        llama(ids[:, 9:], past_key_values=cache)
+        with pytest.raises(ValueError, match="streaming heads have dropped tokens"):
+            cache.layers[0].crop(-1)
+
+
+def test_retrieval_heads_come_first_and_nothing_changes(llama):
+    here, ids = policy(), tokens(1, 40)
+    expected, _ = in_chunks(llama, here, ids, [25, *[1] * 15])
+    weights = {name: weight.clone() for name, weight in llama.state_dict().items()}
+    with reordered(llama, here) as there:
+        assert there.retrieval.int().diff(dim=1).max() <= 0 and there.retrieval.sum() == MIXED.sum()
+        assert not torch.equal(
+            llama.model.layers[0].self_attn.q_proj.weight, weights["model.layers.0.self_attn.q_proj.weight"]
+        )
+        logits, _ = in_chunks(llama, there, ids, [25, *[1] * 15])
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(weight, weights[name]) for name, weight in llama.state_dict().items())
+    with pytest.raises(ValueError, match="order must permute 3 KV heads in each of 3 layers"):
+        permute_heads(llama, torch.zeros(3, 3, dtype=torch.long))
+
+
+def test_a_policy_survives_its_folder(tmp_path, llama):
+    here = DuoAttention(random_gates(3, 3, torch.Generator().manual_seed(1)), sparsity=0.3, sinks=1, recent=9)
+    here.save(tmp_path / "new")
+    assert DuoAttention.load(tmp_path / "new") == here
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": 1.5}, "sparsity must be from 0"),
+        ({"sinks": -1}, "sinks must be at least 0, got -1"),
+        ({"recent": 0}, "recent must be at least 1"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    gates = random_gates(3, 3, torch.Generator().manual_seed(1))
+    with pytest.raises(ValueError, match=message):
+        DuoAttention(gates, **options)
+
+
+def test_gates_of_another_model_are_refused(llama):
+    here = DuoAttention(random_gates(4, 2, torch.Generator().manual_seed(1)))
+    with (
+        pytest.raises(ValueError, match="the gates are for 4 layers x 2 KV heads, the model has 3 x 3"),
+        use(llama, here),
+    ):
+        pass
+
+
+def test_gates_that_ship_fit_the_model_that_ships():
+    here = DuoAttention.pretrained()
+    assert here.gates.values.shape == (30, 3)
+    assert here.retrieval.sum() == 45
+    with pytest.raises(FileNotFoundError, match="gates must be a folder or one of smollm2-135m-instruct, got 'smol'"):
+        find_gates("smol")
+
+
+# Training
+
+
+def example(step: int) -> Example:
+    supervised = torch.zeros(1, 40, dtype=torch.bool)
+    supervised[:, 30:] = True
+    return Example(tokens(1, 40, seed=step), supervised)
+
+
+SHORT = GateTraining(steps=12, learning_rate=0.1, sinks=2, recent=4)
+
+
+@pytest.mark.parametrize("full_source", ["teacher", "self"])
+def test_the_loss_falls_and_gates_leave_one(llama, full_source):
+    training = dataclasses.replace(SHORT, full_source=full_source, regularisation=0.5)
+    trainer = train_gates(llama, lambda step: example(0), training)
+    first, last = (distance + 0.5 * mean for distance, mean in (trainer.history[0], trainer.history[-1]))
+    assert last < first and trainer.gates.min() < 0.8
+    assert not any(weight.requires_grad for weight in llama.parameters())
+
+
+def test_with_all_gates_one_both_streams_agree(llama):
+    with frozen(llama):
+        loss = gated_loss(llama, example(0), torch.ones(LAYERS, HEADS), SHORT)
+    assert loss.distillation < 1e-10 and loss.regularisation == 1
+
+
+def test_the_two_sources_of_full_attention_differ_below_one(llama):
+    gates = torch.full((LAYERS, HEADS), 0.5)
+    with frozen(llama):
+        teacher = gated_loss(llama, example(0), gates, SHORT)
+        own = gated_loss(llama, example(0), gates, dataclasses.replace(SHORT, full_source="self"))
+    assert 0 < teacher.distillation < own.distillation
+
+
+def test_the_schedule_is_the_papers():
+    rates = [0.02 * schedule(step, 2000) for step in (0, 39, 200, 399, 1000, 1600, 1800, 1999)]
+    assert rates == pytest.approx([0.002, 0.002, 0.01005, 0.02, 0.02, 0.02, 0.01, 0.002])
+
+
+def test_training_that_was_stopped_ends_at_the_same_gates(llama, tmp_path):
+    whole = train_gates(llama, example, SHORT)
+
+    def stop_at_eight(steps, total):
+        for step in steps:
+            if step == 8:
+                raise KeyboardInterrupt
+            yield step
+
+    checkpoint = tmp_path / "training.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train_gates(llama, example, SHORT, checkpoint=checkpoint, checkpoint_every=3, progress=stop_at_eight)
+    resumed = train_gates(llama, example, SHORT, checkpoint=checkpoint)
+    assert torch.equal(resumed.gates, whole.gates) and resumed.history == whole.history
+    with pytest.raises(ValueError, match=r"was trained with sinks 2, got 3; begin in another folder"):
+        train_gates(llama, example, dataclasses.replace(SHORT, sinks=3), checkpoint=checkpoint)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:200])
+    with pytest.raises(ValueError, match="is not a checkpoint of gate training"):
+        train_gates(llama, example, SHORT, checkpoint=checkpoint)
+
+
+def test_a_learning_rate_that_cannot_reach_zero_is_refused():
+    with pytest.raises(ValueError, match=r"learning_rate must be at least 1 / steps = 0\.1"):
+        GateTraining(steps=10, learning_rate=0.02)
+
+
+def test_shorter_rows_are_filled_up_behind_what_is_supervised():
+    def prompt(context: int, answer: int) -> Prompt:
+        part = [torch.arange(1, n + 1) for n in (context, 2, answer)]
+        return Prompt(part[0], (Turn(part[1], part[2], ("x",)),))
+
+    batch = as_example([prompt(4, 3), prompt(5, 1)])
+    assert batch.tokens.tolist() == [[1, 2, 3, 4, 1, 2, 1, 2, 3], [1, 2, 3, 4, 5, 1, 2, 1, 0]]
+    assert batch.supervised.sum(1).tolist() == [5, 3] and batch.supervised[1].tolist().index(True) == 5

@@ -36,7 +36,9 @@ def find_gates(source: str | os.PathLike[str]) -> Gates:
 
     Raises FileNotFoundError, with the names that ship, where there are neither.
     """
-    folder = next((place for place in (SHIPPED / Path(source).name, Path(source)) if place.is_dir()), None)
+    path = Path(source)
+    places = (SHIPPED / path.name, path) if path.name == os.fspath(source) else (path,)
+    folder = next((place for place in places if place.is_dir()), None)
     if folder is None:
         names = ", ".join(sorted(place.name for place in SHIPPED.glob("*/")))
         raise FileNotFoundError(f"gates must be a folder or one of {names}, got {str(source)!r}")
