@@ -17,8 +17,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from regard.attention.attend import attend
 from regard.attention.masks import causal, window
-from regard.evidence.attention_bench import in_turn, ratio
 from regard.evidence.store import write_json
+from regard.evidence.timing import in_turn, ratio
 from regard.paper import Run
 
 HEADS, DIM = 8, 64

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from regard.cli import main
 from regard.evidence import attention_bench
-from regard.evidence.attention_bench import WAYS, AttentionBench, bench_attention, in_turn, ratio, rows_of, ways_at
+from regard.evidence.attention_bench import WAYS, AttentionBench, bench_attention, rows_of, ways_at
 from regard.paper import Run
 
 
@@ -94,18 +94,6 @@ def test_what_was_finished_before_an_interruption_is_kept(measured, tmp_path, mo
     assert not list(tmp_path.glob(".*"))
     bench_attention(options, run)
     assert measured == [8, 16]
-
-
-def test_calls_take_turns_there_and_back(tmp_path):
-    called = []
-    calls = {name: lambda name=name: called.append(name) for name in "abc"}
-    times = in_turn(calls, 3, Run(seed=0, workdir=tmp_path))
-    assert "".join(called) == "abc" + "abc" + "cba" + "abc"  # the first round does not count
-    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 3, "b": 3, "c": 3}
-
-
-def test_a_ratio_is_that_of_most_rounds():
-    assert ratio({"a": [2.0, 4.0, 90.0], "b": [1.0, 2.0, 3.0]}, "a", "b") == 2
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from regard.evidence.staleness import syntax_hash
 from regard.evidence.store import read_json, write_json
+from regard.evidence.timing import in_turn, ratio
 from regard.paper import Run
 
 if TYPE_CHECKING:
@@ -151,40 +151,6 @@ def _measured(options: AttentionBench, tokens: int, run: Run) -> dict[str, dict[
         backward = {name: partial(and_back, way) for name, way in ways.items()}
         measured["backward"] = in_turn(backward, options.rounds, run, f"{tokens} tokens, with backward")
     return measured
-
-
-def in_turn(
-    calls: Mapping[str, Callable[[], Any]], rounds: int, run: Run, description: str = ""
-) -> dict[str, list[float]]:
-    """Seconds of each call, round by round, after one round that does not count.
-
-    The calls take turns, and each second round runs backwards: what slows the machine for a while slows them alike.
-    """
-    forth = list(calls)
-    order = forth + [name for odd in range(rounds) for name in forth[:: -1 if odd % 2 else 1]]
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for name in run.progress(order, description):
-        seconds[name].append(_seconds(calls[name], run.device))
-    return {name: times[1:] for name, times in seconds.items()}
-
-
-def ratio(times: Mapping[str, Sequence[float]], one: str, other: str) -> float:
-    """How many times as long as the other the one takes: the median of the rounds' ratios."""
-    return median(a / b for a, b in zip(times[one], times[other], strict=True))
-
-
-def _seconds(call: Callable[[], Any], device: str) -> float:
-    if device != "cpu":
-        import torch
-
-        torch.accelerator.synchronize(device)
-    start = time.perf_counter()
-    result = call()
-    if device != "cpu":
-        torch.accelerator.synchronize(device)
-    seconds = time.perf_counter() - start
-    del result  # freed outside of the time
-    return seconds
 
 
 def _has(results: Mapping[str, Any], tokens: int, ways: Sequence[str]) -> bool:

@@ -22,6 +22,7 @@ from regard.blocks.language_model import LanguageModel, LanguageModelConfig
 from regard.blocks.sequence_mixer import SequenceMixer
 from regard.data import text
 from regard.data.mqar import IGNORED, mqar
+from regard.evidence.timing import timed
 from regard.paper import Run
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -186,26 +187,13 @@ def cost(maker: Maker, dim: int, length: int, run: Run, repeats: int = 3, decode
     reading, state = [], None
     for _ in range(repeats):
         del state
-        seconds, (_, state) = _timed(partial(mixer, x[:, :length]), run.device)
+        seconds, (_, state) = timed(partial(mixer, x[:, :length]), run.device)
         reading.append(seconds)
     held, decoding = tree_bytes(state), []
     for at in range(length, length + decoded):
-        seconds, (_, state) = _timed(partial(mixer, x[:, at : at + 1], state), run.device)
+        seconds, (_, state) = timed(partial(mixer, x[:, at : at + 1], state), run.device)
         decoding.append(seconds)
     return Cost(length, median(reading) / length, median(decoding), held)
-
-
-def _timed(call: Callable[[], tuple], device: str) -> tuple[float, tuple]:
-    _wait(device)
-    start = time.perf_counter()
-    result = call()
-    _wait(device)
-    return time.perf_counter() - start, result
-
-
-def _wait(device: str) -> None:
-    if torch.device(device).type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def _model(config: LanguageModelConfig, maker: Maker, feedforward: Callable | None, run: Run) -> LanguageModel:
