@@ -7,7 +7,6 @@ SHELL := bash
 
 PY := .venv/bin/python
 STAMP := .venv/.installed
-export OMP_NUM_THREADS ?= 1
 
 help:
 	@echo "make setup   create .venv with the pinned versions (about 5 GB; nothing to do when it is there)"
@@ -37,6 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(PY) -m regard.cli.main demo
 
+test: export OMP_NUM_THREADS ?= 1
 test: setup
 	$(PY) -m pytest -n 2 --dist loadfile
 

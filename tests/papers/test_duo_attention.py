@@ -266,7 +266,7 @@ def test_tokens_can_be_taken_back_until_one_was_dropped(llama):
         again = llama(ids[:, 8:9], past_key_values=cache).logits
         torch.testing.assert_close(again, before)
         llama(ids[:, 9:], past_key_values=cache)
-        with pytest.raises(ValueError, match="streaming heads have dropped tokens"):
+        with pytest.raises(ValueError, match="tokens have been dropped, so the last 1 cannot be taken back"):
             cache.layers[0].crop(-1)
 
 

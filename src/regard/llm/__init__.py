@@ -2,7 +2,22 @@
 
 from regard.llm.attach import attach
 from regard.llm.cache import KVLayer, PolicyCache
+from regard.llm.load import Loaded, chat, load
+from regard.llm.policies import H2O, Full, SnapKV, Streaming
 from regard.llm.policy import CachePolicy
 from regard.llm.use import use
 
-__all__ = ["CachePolicy", "KVLayer", "PolicyCache", "attach", "use"]
+__all__ = [
+    "H2O",
+    "CachePolicy",
+    "Full",
+    "KVLayer",
+    "Loaded",
+    "PolicyCache",
+    "SnapKV",
+    "Streaming",
+    "attach",
+    "chat",
+    "load",
+    "use",
+]

@@ -168,6 +168,16 @@ class SinksAndRecentStore(Store):
         local = self._position(slot[None], (self.seen - self.padding)[:, None])
         return torch.where(local >= 0, local + self.padding[:, None], -1)[:, None]
 
+    def crop(self, tokens: int) -> None:
+        """Forgets the last `tokens`. Raises ValueError where they have pushed out tokens that must come back."""
+        if self.seen > self.size:
+            raise ValueError(
+                f"tokens have been dropped, so the last {tokens} cannot be taken back: decode without candidates, or "
+                f"keep more than {self.recent} recent tokens"
+            )
+        self.seen = max(self.seen - tokens, 0)
+        self.used = self.seen
+
     def _position(self, slot: Tensor, seen: Tensor) -> Tensor:
         """Position, counted from a row's first token, of what a slot holds after `seen` tokens of that row."""
         ring = slot - self.sinks
@@ -238,7 +248,8 @@ class KVLayer(CacheLayerMixin):
 
     def step(self, module: nn.Module, query: Tensor, visible: Visible, scale: float) -> Tensor:
         """What the attached attention function calls: `attend`, then the count of tokens."""
-        assert self._new is not None
+        if self._new is None:
+            raise ValueError(f"{type(module).__name__} reads the keys of another layer, which no policy can follow")
         key, value = self._new
         self._new = None
         out = self.attend(module, query, key, value, visible, scale)

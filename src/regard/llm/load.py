@@ -145,7 +145,9 @@ def _from_pretrained(name: str, folder: Path | None) -> tuple[PreTrainedModel, P
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(f"model {name!r} ({config.model_type}) is not a causal language model")
     try:
-        model = AutoModelForCausalLM.from_pretrained(place, config=config, attn_implementation="sdpa", dtype="auto")
+        model, found = AutoModelForCausalLM.from_pretrained(
+            place, config=config, attn_implementation="sdpa", dtype="auto", output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ValueError(f"model {name!r}: the weights cannot be loaded ({_first(error)})") from None
     except Exception as error:
@@ -153,11 +155,18 @@ def _from_pretrained(name: str, folder: Path | None) -> tuple[PreTrainedModel, P
         if type(error).__name__ != "SafetensorError":
             raise
         raise ValueError(f"model {name!r}: the weights are damaged ({_first(error)})") from None
+    _require_complete(name, found)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"model {name!r}: the tokenizer cannot be loaded ({_first(error)})") from None
     return model, tokenizer
+
+
+def _require_complete(name: str, found: Mapping[str, Any]) -> None:
+    """Tensors that are not in the file would stay as they were drawn at random, with a warning at most."""
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"model {name!r}: the weights lack {len(missing)} of the model's tensors, as {missing[0]}")
 
 
 def _first(error: BaseException) -> str:
@@ -198,14 +207,19 @@ def _convert(file: Path, folder: Path) -> None:
     where = str(file.parent)
     with _quiet():
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                where, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+            model, found = AutoModelForCausalLM.from_pretrained(
+                where,
+                gguf_file=file.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+                output_loading_info=True,
             )
             tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file.name)
         except (OSError, ValueError, IndexError, KeyError, OverflowError, MemoryError, RuntimeError) as error:
             raise ValueError(
                 f"{file} cannot be read as a GGUF model: truncated, damaged or of an unknown kind ({_first(error)})"
             ) from None
+        _require_complete(str(file), found)
         model.hf_quantizer = None  # the weights are plain tensors now, and must be saved as such
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -303,6 +303,8 @@ def common_words(
     if rare_repeats >= repeats:
         raise ValueError(f"rare_repeats must be less than repeats, got {rare_repeats} and {repeats}")
     vocabulary = np.array(haystack.words(split))
+    if common > len(vocabulary):
+        raise ValueError(f"common must be at most {len(vocabulary)}, the words of the haystack, got {common}")
     head = haystack.encode("Here is a numbered list of words. Some of them come often.\n\n")
     prompts = []
     for generator in _generators(number, seed, split):
@@ -436,7 +438,7 @@ class Recall:
         return self.hits.mean().item()
 
 
-def passkey_loss(
+def recall(
     model: PreTrainedModel,
     prompts: Sequence[Prompt],
     policy: CachePolicy | None = None,

@@ -68,16 +68,25 @@ class CachePolicy(ABC):
     def load(cls: type[P], folder: str | PathLike[str]) -> P:
         """The policy whose options `save` wrote.
 
-        Raises ValueError where the file is of another policy or has options that this one does not know.
+        Raises FileNotFoundError where there is no such file, ValueError where it is damaged, or of another policy, or
+        has options that this one does not know.
         """
+        return cls(**cls.read_options(folder))
+
+    @classmethod
+    def read_options(cls, folder: str | PathLike[str]) -> dict[str, Any]:
+        """What `save` wrote, by the names of the options; raises what `load` raises."""
         path = Path(folder) / "policy.json"
-        options: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            options: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is not the file of a policy: {error}") from None
         if (name := options.pop("policy", None)) != cls.__name__:
             raise ValueError(f"{path} holds the policy {name!r}, expected {cls.__name__!r}")
         unknown = sorted(set(options) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"{path} has the option {unknown[0]!r}, which {cls.__name__} does not know")
-        return cls(**options)
+        return options
 
 
 def bytes_per_token(config: PretrainedConfig, itemsize: int = 4) -> int:

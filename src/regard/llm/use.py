@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from regard.llm.attach import attach
+from regard.llm.attach import attach, require_decoder
 from regard.llm.cache import KVLayer, PolicyCache
 from regard.llm.policy import CachePolicy
 from regard.llm.visible import Visible
@@ -29,10 +29,11 @@ def use(model: PreTrainedModel, policy: CachePolicy) -> Iterator[PreTrainedModel
     made or that was made for another number of layers.
 
     >>> from regard.llm import Streaming, load, use
-    >>> model, tokenizer, _ = load("smollm2")                                        # doctest: +SKIP
-    >>> with use(model, Streaming(sinks=4, recent=256)):                             # doctest: +SKIP
-    ...     model.generate(**tokenizer("Once upon a time", return_tensors="pt"))
+    >>> loaded = load("smollm2")                                                     # doctest: +SKIP
+    >>> with use(loaded.model, Streaming(sinks=4, recent=256)) as model:             # doctest: +SKIP
+    ...     model.generate(**loaded.tokenizer("Once upon a time", return_tensors="pt"))
     """
+    require_decoder(model)
     policy.check(model.config.get_text_config())
 
     def swap(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -44,7 +45,8 @@ def use(model: PreTrainedModel, policy: CachePolicy) -> Iterator[PreTrainedModel
         return args, kwargs
 
     with attach(model, _step), torch.no_grad():
-        hook = model.base_model.register_forward_pre_hook(swap, with_kwargs=True)
+        # before the hook of an outer block, which then finds this policy's cache
+        hook = model.base_model.register_forward_pre_hook(swap, with_kwargs=True, prepend=True)
         try:
             yield model
         finally:

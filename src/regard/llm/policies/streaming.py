@@ -94,6 +94,18 @@ class StreamingLayer(KVLayer):
     def stores(self) -> Sequence[Store]:
         return (self.store,)
 
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether the last tokens can be taken back: as long as none has been dropped."""
+        return self.store.seen <= self.store.size
+
+    @override
+    def crop(self, tokens_to_remove: int) -> None:
+        removed = min(abs(tokens_to_remove), self.seen)
+        if removed:
+            self.store.crop(removed)
+        self.seen -= removed
+
     @override
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, visible: Visible, scale: float

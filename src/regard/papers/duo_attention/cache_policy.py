@@ -187,7 +187,7 @@ class DuoAttention(CachePolicy):
     @classmethod
     @override
     def load(cls, folder: str | os.PathLike[str]) -> DuoAttention:
-        return dataclasses.replace(super().load(folder), gates=load_gates(folder))
+        return cls(gates=load_gates(folder), **cls.read_options(folder))
 
 
 class Ring(SinksAndRecentStore):
@@ -227,16 +227,6 @@ class Ring(SinksAndRecentStore):
 
     def _slot(self, local: Int[Tensor, "*places"]) -> Int[Tensor, "*places"]:
         return torch.where(local < self.sinks, local, self.sinks + (local - self.sinks) % self.recent)
-
-    def crop(self, tokens: int) -> None:
-        """Forgets the last `tokens`. Raises ValueError where they have pushed out tokens that must come back."""
-        if self.seen > self.size:
-            raise ValueError(
-                f"streaming heads have dropped tokens, so the last {tokens} cannot be taken back: decode without "
-                f"candidates, or keep more than {self.recent} recent tokens"
-            )
-        self.seen = max(self.seen - tokens, 0)
-        self.used = self.seen
 
     def follow(self, padding: Int[Tensor, " batch"] | None) -> None:
         """Takes the rows' left padding from another store that has read the same prompt."""

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from regard.attention.attend import attend
 from regard.attention.masks import sinks_and_window
-from regard.llm import attach, use
+from regard.llm import use
 from regard.llm.cache import PolicyCache
+from regard.llm.heads import capture
 from regard.llm.load import Loaded, load
 from regard.llm.longcontext import Haystack, Prompt, passkeys
-from regard.llm.visible import Visible
+from regard.llm.policy import kv_heads
 from regard.paper import Claim, Run
 from regard.papers.duo_attention.cache_policy import DuoAttention
 from regard.papers.duo_attention.gates import Gates, binarise, random_gates
@@ -156,6 +156,7 @@ def _recite_tails(
     return torch.stack(losses, dim=1)[scored], torch.stack(hits, dim=1)[scored]
 
 
+@torch.no_grad()
 def induction_scores(
     model: PreTrainedModel, seed: int, tokens: int = 128, rows: int = 4
 ) -> Float[Tensor, "layers kv_heads"]:
@@ -166,20 +167,14 @@ def induction_scores(
     """
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(model.config.vocab_size, (rows, tokens), generator=generator)
-    scores: list[Tensor] = []
 
-    def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, visible: Visible, scale: float
-    ) -> Tensor:
-        out, weights, _ = attend(query, key, value, mask=visible.over(), scale=scale, need_weights=True)
-        assert weights is not None
-        after_first = weights.diagonal(offset=1 - tokens, dim1=-2, dim2=-1)[..., 1:]
-        scores.append(after_first.mean(dim=(0, 2)).view(key.shape[1], -1).amax(dim=1))
-        return out
+    def after_the_first(layer: int, weights: Tensor) -> Tensor:
+        after = weights.diagonal(offset=1 - tokens, dim1=-2, dim2=-1)[..., 1:]
+        return after.mean(dim=(0, 2)).view(kv_heads(model.config), -1).amax(dim=1)
 
-    with attach(model, attention), torch.no_grad():
+    with capture(model, "weights", reduce=after_the_first) as captured:
         model.base_model(torch.cat([text, text], dim=1), use_cache=False)
-    return torch.stack(scores)
+    return torch.stack([scores for _, scores in sorted(captured.weights.items())])
 
 
 def draw_gates(gates: Gates) -> Figure:
@@ -224,27 +219,17 @@ def draw_bytes(policy: DuoAttention, token: int, held: Sequence[int]) -> Figure:
 
 def draw_attention(model: PreTrainedModel, gates: Gates, tokens: Tensor) -> Figure:
     """Attention of a query head under the highest gate and of one under the lowest, with full attention."""
-    highest, lowest = gates.values.argmax(), gates.values.argmin()
+    heads, groups = gates.values.shape[1], model.config.num_attention_heads // gates.values.shape[1]
     places = {
-        "retrieval": divmod(int(highest), gates.values.shape[1]),
-        "streaming": divmod(int(lowest), gates.values.shape[1]),
+        "retrieval": divmod(int(gates.values.argmax()), heads),
+        "streaming": divmod(int(gates.values.argmin()), heads),
     }
-    weights: list[Tensor] = []
-
-    def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, visible: Visible, scale: float
-    ) -> Tensor:
-        attended = attend(query, key, value, mask=visible.over(), scale=scale, need_weights=True)
-        assert attended.weights is not None
-        weights.append(attended.weights[0].view(key.shape[1], -1, *attended.weights.shape[-2:])[:, 0])
-        return attended.out
-
-    with attach(model, attention), torch.no_grad():
+    with capture(model, "weights", layers=[layer for layer, _ in places.values()]) as captured, torch.no_grad():
         model.base_model(tokens[None], use_cache=False)
     kept = sinks_and_window(gates.sinks, gates.recent).tensor(len(tokens), len(tokens))[0, 0]
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     for axes, (kind, (layer, head)) in zip(figure.subplots(1, 2), places.items(), strict=True):
-        seen = weights[layer][head]
+        seen = captured.weights[layer][0, head * groups]
         axes.imshow(seen.sqrt(), cmap="magma", vmin=0, vmax=1)
         axes.contour(kept, levels=[0.5], colors="white", linewidths=0.5)
         lost = seen[~kept].sum() / len(tokens)
