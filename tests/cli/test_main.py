@@ -29,7 +29,11 @@ def loaded(code: str) -> set[str]:
         "from regard.cli.main import main; assert main(['list', '--json']) == 0",
         "from regard.cli.main import main; assert main(['evidence', '--json']) == 0",
         "from regard.cli.main import main; assert main(['--help']) == 0",
-        "from regard.cli.main import main\ntry: main(['run', '--help'])\nexcept SystemExit: pass",
+        "from regard.cli.main import main; assert main(['train', '--help']) == 0",
+        *(
+            f"from regard.cli.main import main\ntry: main(['{verb}', '--help'])\nexcept SystemExit: pass"
+            for verb in ("run", "generate", "demo")
+        ),
     ],
 )
 def test_what_only_looks_imports_nothing_heavy(code):
@@ -67,7 +71,7 @@ def test_version(capsys):
     ("words", "sentence"),
     [
         (["lsit"], "regard: no verb 'lsit'; did you mean 'list'? (the verbs are list, "),
-        (["train"], "regard: no verb 'train'"),
+        (["trian"], "regard: no verb 'trian'; did you mean 'train'?"),
         (["run", "door", "--seeds", "0"], "regard: --seeds must be at least 1, got 0"),
         (["run", "door", "--only", "visit"], "regard: door makes no claim 'visit'; did you mean 'visits'?"),
         (["run", "door", "--device", "toaster"], "regard: --device must be one that is here (cpu"),

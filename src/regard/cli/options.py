@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,6 +28,17 @@ def parse(kind: Callable[..., T], argv: list[str], prog: str, description: str) 
         return tyro.cli(kind, args=argv, prog=prog, description=description, config=(tyro.conf.FlagCreatePairsOff,))
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def given_for(option: str, argv: Sequence[str], default: str = "") -> str:
+    """The word that the command line gives for an option which decides what other options there are."""
+    value = default
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        if word == option:
+            value = following
+        elif word.startswith(f"{option}="):
+            value = word.removeprefix(f"{option}=")
+    return value
 
 
 def check_device(name: str) -> str:

@@ -44,12 +44,19 @@ class Aaren(Projections):
         Source: "Attention as an RNN", section 3.3; scores are scaled by 1 / sqrt(head_dim) as in the Transformer that
         Aaren takes the place of, where the paper's formula has no scale.
         """
-        q, k, v = self.heads(self.q_proj(query).view(1, 1, -1)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
-        scores = (k * q).sum(-1) * q.shape[-1] ** -0.5
-        if mask is not None:
-            scores = scores.masked_fill(~mask[:, None], -torch.inf)
-        read, state = prefix_attention(scores, v, state)
+        read, state = prefix_attention(self.scores(query, x, mask), self.heads(self.v_proj(x)), state)
         return self.out_proj(read.transpose(1, 2).flatten(2)), state
+
+    def scores(
+        self,
+        query: Float[Tensor, "dim"],
+        x: Float[Tensor, "batch tokens dim"],
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> Float[Tensor, "batch heads tokens"]:
+        """How well each token meets the query, -inf for padding."""
+        q, k = self.heads(self.q_proj(query).view(1, 1, -1)), self.heads(self.k_proj(x))
+        scores = (k * q).sum(-1) * q.shape[-1] ** -0.5
+        return scores if mask is None else scores.masked_fill(~mask[:, None], -torch.inf)
 
 
 class AarenAttention(SequenceMixer):

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -17,6 +16,7 @@ from regard.attention.tree import tree_leaves
 from regard.blocks.sequence_mixer import SequenceMixer, State
 from regard.blocks.softmax_attention import KeyValues
 from regard.papers.aaren.mixer import Aaren, Projections, learnt_query, no_tokens
+from regard.papers.aaren.saving import Saved
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,13 @@ class StackConfig:
     dim: int = 64
     """Channels of a token."""
     num_layers: int = 2
+    """Layers of attention and feed-forward."""
     num_heads: int = 4
+    """Heads of attention, each over dim / num_heads channels."""
     feedforward: int = 128
     """Hidden channels of the feed-forward part of a layer."""
     dropout: float = 0.1
+    """Share of activations dropped in training."""
     norm: Literal["pre", "post"] = "pre"
     """LayerNorm before each part of a layer, or after its residual sum."""
     positions: Literal["none", "learned", "sinusoid"] = "none"
@@ -214,7 +217,7 @@ class CausalStack(SequenceMixer):
         return self.positions(place)
 
 
-class AarenStack(CausalStack, PyTorchModelHubMixin, library_name="regard"):
+class AarenStack(CausalStack, Saved, library_name="regard"):
     """Layers of Aaren: O(tokens) to train, O(1) time and memory per token to stream."""
 
     layer = AarenLayer
@@ -222,8 +225,29 @@ class AarenStack(CausalStack, PyTorchModelHubMixin, library_name="regard"):
     def __init__(self, config: StackConfig) -> None:
         super().__init__(config)
 
+    @torch.no_grad()
+    def weights(
+        self, x: Float[Tensor, "batch tokens dim"], mask: Bool[Tensor, "batch tokens"] | None = None
+    ) -> Float[Tensor, "layers batch heads tokens"]:
+        """The weight of every token in what each layer's query reads after the last of them; a picture of the model.
 
-class TransformerStack(CausalStack, PyTorchModelHubMixin, library_name="regard"):
+        The weights of a shorter prefix are these, divided by their sum over it.
+        """
+        seen: list[Tensor] = []
+        layers = cast(Iterable[AarenLayer], self.layers)
+        hooks = [
+            layer.attn.register_forward_pre_hook(lambda attn, given: seen.append(attn.scores(*given[:2], mask)))
+            for layer in layers
+        ]
+        try:
+            self(x, mask=mask)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack(seen).softmax(-1)
+
+
+class TransformerStack(CausalStack, Saved, library_name="regard"):
     """The host: a causal Transformer of the same sizes and parameter names, `layers.N.query` apart."""
 
     layer = TransformerLayer

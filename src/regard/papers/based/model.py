@@ -49,6 +49,9 @@ class BasedConfig(LanguageModelConfig):
         for name in ("num_heads", "feature_dim", "window", "kernel", "chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("eps", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.dim % self.num_heads:
             raise ValueError(f"dim must be divisible by num_heads, got dim {self.dim} and num_heads {self.num_heads}")
 
@@ -101,10 +104,11 @@ class Based(LanguageModel, PyTorchModelHubMixin):
         file, or the state dict itself. Without `config` the sizes come from `config.json`, or else from the published
         configuration of that width and depth. Raises ValueError where weights and sizes do not fit.
         """
-        from regard.papers.based.weights import read_official
+        from regard.papers.based.weights import check_fit, read_official
 
         weights, config = read_official(source, config, cls.published)
         model = cls(config)
+        check_fit(weights, model.state_dict())
         model.load_state_dict(weights)
         return model
 
@@ -127,8 +131,9 @@ _LAYERS_36 = "(conv linear window conv conv)*5 conv conv linear window conv*4 li
 _GPT2_TOKENS = 50257
 
 Based.published = {
-    "based-360m": BasedConfig(_GPT2_TOKENS, 1024, _LAYERS_27, window=128),
+    "based-360m": BasedConfig(_GPT2_TOKENS, 1024, _LAYERS_27, window=128, eps=1e-6),
     "based-1b": BasedConfig(_GPT2_TOKENS, 1792, _LAYERS_36, window=128),
+    "based-1b-50b": BasedConfig(_GPT2_TOKENS, 1792, _LAYERS_36, window=128, eps=1e-6),
     "example-360m": BasedConfig(_GPT2_TOKENS, 1024, _LAYERS_27, window=64),
     "tiny": BasedConfig(256, 64, "conv linear conv window", num_heads=2, feature_dim=8, window=16),
 }

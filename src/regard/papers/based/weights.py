@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,14 @@ RENAMES = (
 )
 """Their names, as patterns, and ours. The first half of their fc1 is the value and the second the gate, like ours."""
 
-DERIVED = re.compile(r".*\.(rotary_emb\.\w+|feature_map\.\w+)")
-"""Tensors that some of their checkpoints carry and that follow from the configuration."""
+IGNORED = re.compile(r".*\.(rotary_emb|feature_map|decay)\.\w+|.*metrics.*")
+"""What some of their checkpoints carry beside weights: tables that follow from the sizes, and counters of training.
+
+The decay belongs to an option that the released forward pass does not use.
+"""
+
+FIXED = {"rms_norm": True, "activation_function": "swiglu", "rotary_emb_fraction": 1}
+"""Options of their `config.json` that all released models have, and ours has no other way."""
 
 MIXERS = {"conv.conv.weight": "conv", "proj_q.weight": "linear", "Wqkv.weight": "window"}
 """What a layer is, by a weight that only that kind of mixer has."""
@@ -49,17 +56,21 @@ def read_official(
         official = _load(_checkpoint(path))
         described = (path if path.is_dir() else path.parent) / "config.json"
         if config is None and described.is_file():
-            config = official_config(json.loads(described.read_text(encoding="utf-8")))
+            config = official_config(_read_json(described))
     if config is None:
         config = _published_like(official, published)
-    return rename(official), config
+    weights = rename(official)
+    if any(name.endswith(".mixer.conv.conv.bias") for name in weights):
+        config = replace(config, conv_bias=True)
+    return weights, config
 
 
 def rename(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors under our names. Raises ValueError on a name that no Based checkpoint has."""
     ours = {}
     for name, tensor in official.items():
-        if DERIVED.fullmatch(name):
+        name = name.removeprefix("model.")
+        if IGNORED.fullmatch(name):
             continue
         for pattern, new in RENAMES:
             if re.fullmatch(pattern, name):
@@ -75,11 +86,24 @@ def rename(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
+def check_fit(weights: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> None:
+    """Raises ValueError, naming the first that does not fit, unless names and shapes are those of the model."""
+    for name, tensor in model.items():
+        if name not in weights:
+            raise ValueError(f"the checkpoint has no weight for {name}, which the configuration asks for")
+        if weights[name].shape != tensor.shape:
+            got, expected = tuple(weights[name].shape), tuple(tensor.shape)
+            raise ValueError(f"{name} must have shape {expected} by the configuration, got {got} in the checkpoint")
+    for name in weights:
+        if name not in model:
+            raise ValueError(f"the checkpoint has {name}, for which the configuration has no place")
+
+
 def official_layout(official: Mapping[str, Tensor]) -> str:
     """The mixer of each layer, read off the names of its weights."""
     kinds = {}
     for name in official:
-        found = re.fullmatch(r"transformer\.layers\.(\d+)\.mixer\.(.+)", name)
+        found = re.fullmatch(r"(?:model\.)?transformer\.layers\.(\d+)\.mixer\.(.+)", name)
         if found and found[2] in MIXERS:
             kinds[int(found[1])] = MIXERS[found[2]]
     return " ".join(kinds[layer] for layer in sorted(kinds))
@@ -88,20 +112,27 @@ def official_layout(official: Mapping[str, Tensor]) -> str:
 def official_config(described: Mapping[str, Any]) -> BasedConfig:
     """Our configuration, from the `config.json` of an official checkpoint.
 
-    Raises ValueError where it does not describe a Based model.
+    Raises ValueError where it does not describe a Based model, or one with options that no released model has.
     """
+    for name, value in FIXED.items():
+        if described.get(name, value) != value:
+            raise ValueError(f"config.json must have {name} {value!r} or leave it out, got {described[name]!r}")
     try:
         linear, window = described["alt_mixer"], described["alt_mixer_2"]
         kinds = dict.fromkeys(described["alt_mixer_layers"], "linear")
         kinds |= dict.fromkeys(described["alt_mixer_2_layers"], "window")
         layers = described.get("n_layer", described.get("num_hidden_layers"))
+        heads = {described.get("n_head", described.get("num_attention_heads", 16)), linear.get("num_heads", 16)}
+        if len(heads) > 1:
+            raise ValueError(f"config.json must give window and linear attention the same heads, got {sorted(heads)}")
         fused = str(linear.get("parallel_implementation", "")).startswith("fla")
         return BasedConfig(
             vocab_size=described["vocab_size"],
             dim=described.get("n_embd", described.get("hidden_size")),
             layout=" ".join(kinds.get(layer, "conv") for layer in range(layers)),
             vocab_multiple=described.get("pad_vocab_size_multiple", 8),
-            num_heads=linear.get("num_heads", 16),
+            tied=described.get("tie_word_embeddings", True),
+            num_heads=heads.pop(),
             feature_dim=linear.get("feature_dim", 16),
             window=window["window_size"] // 2,  # their kernel is given half of it, all of it backwards
             kernel=described["mixer"].get("kernel_size", 3),  # "kernel_sizes", also found there, is never read
@@ -113,7 +144,8 @@ def official_config(described: Mapping[str, Any]) -> BasedConfig:
 
 
 def _published_like(official: Mapping[str, Tensor], published: Mapping[str, BasedConfig]) -> BasedConfig:
-    embedding = official.get("transformer.embeddings.word_embeddings.weight")
+    names = (f"{prefix}transformer.embeddings.word_embeddings.weight" for prefix in ("", "model."))
+    embedding = next((official[name] for name in names if name in official), None)
     dim = None if embedding is None else embedding.shape[1]
     layout = official_layout(official)
     for config in published.values():
@@ -132,10 +164,23 @@ def _checkpoint(path: Path) -> Path:
     raise ValueError(f"{path} must be a checkpoint or a folder with model.safetensors or pytorch_model.bin")
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(described, dict):
+        raise ValueError(f"{path} must hold one JSON object, got a {type(described).__name__}")
+    return described
+
+
 def _load(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from None
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} must hold tensors by name, got a {type(loaded).__name__}")
+    return loaded

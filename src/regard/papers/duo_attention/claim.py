@@ -65,7 +65,8 @@ def measure_heads(run: Run) -> dict[str, float]:
     rows["streaming"] = measured["streaming"]
     run.figure("gates", draw_gates(gates))
     run.figure("loss", draw_losses(rows, [half.nll for half in halves]))
-    run.figure("attention", draw_attention(loaded.model, gates, prompts[0].tokens[:160]))
+    [short] = passkeys(haystack, 1, context=300, count=1, seed=run.seed, split="held_out")
+    run.figure("attention", draw_attention(loaded.model, gates, short))
     result = {f"{name}_nll": score.nll for name, score in rows.items()}
     result |= {f"{name}_accuracy": score.accuracy for name, score in rows.items()}
     result["random_best_nll"] = min(half.nll for half in halves)
@@ -217,27 +218,40 @@ def draw_bytes(policy: DuoAttention, token: int, held: Sequence[int]) -> Figure:
     return figure
 
 
-def draw_attention(model: PreTrainedModel, gates: Gates, tokens: Tensor) -> Figure:
-    """Attention of a query head under the highest gate and of one under the lowest, with full attention."""
-    heads, groups = gates.values.shape[1], model.config.num_attention_heads // gates.values.shape[1]
-    places = {
-        "retrieval": divmod(int(gates.values.argmax()), heads),
-        "streaming": divmod(int(gates.values.argmin()), heads),
-    }
-    with capture(model, "weights", layers=[layer for layer, _ in places.values()]) as captured, torch.no_grad():
-        model.base_model(tokens[None], use_cache=False)
-    kept = sinks_and_window(gates.sinks, gates.recent).tensor(len(tokens), len(tokens))[0, 0]
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
-    for axes, (kind, (layer, head)) in zip(figure.subplots(1, 2), places.items(), strict=True):
-        seen = captured.weights[layer][0, head * groups]
-        axes.imshow(seen.sqrt(), cmap="magma", vmin=0, vmax=1)
-        axes.contour(kept, levels=[0.5], colors="white", linewidths=0.5)
-        lost = seen[~kept].sum() / len(tokens)
-        axes.set(xlabel="key", ylabel="query")
+@torch.no_grad()
+def draw_attention(model: PreTrainedModel, gates: Gates, prompt: Prompt) -> Figure:
+    """Where two heads look while a passkey is recited: the retrieval head that looks furthest, and the lowest gate."""
+    tail, heads = len(prompt.tail), gates.values.shape[1]
+    kept = sinks_and_window(gates.sinks, gates.recent).tensor(tail, len(prompt.tokens))[0, 0]
+    with capture(model, "weights", reduce=lambda _, weights: weights[0, :, -tail:]) as captured:
+        model.base_model(prompt.tokens[None], use_cache=False)
+    seen = torch.stack([weights for _, weights in sorted(captured.weights.items())]).unflatten(1, (heads, -1))
+    outside = seen.masked_fill(kept, 0.0).sum(-1).mean(-1)
+    far = outside.amax(-1).masked_fill(~binarise(gates.values, SPARSITY), -1.0)
+    figure = Figure(figsize=(10, 5.6), layout="constrained")
+    places = {"retrieval": int(far.argmax()), "streaming": int(gates.values.argmin())}
+    for axes, (kind, place) in zip(figure.subplots(2, 1), places.items(), strict=True):
+        layer, head = divmod(place, heads)
+        query_head = int(outside[layer, head].argmax())
+        axes.imshow(seen[layer, head, query_head].sqrt(), cmap="magma", vmin=0, vmax=1, aspect="auto")
+        axes.contour(kept, levels=[0.5], colors="white", linewidths=0.6)
+        for turn in prompt.turns:
+            axes.axvspan(*_span(prompt.context, turn.answer), color="tab:cyan", alpha=0.3)
+        axes.set(xlabel="token that is looked at (passkeys in blue)", ylabel="question and answer")
+        share, gate = outside[layer, head, query_head], gates.values[layer, head]
         axes.set_title(
-            f"{kind} head {layer}.{head}, gate {gates.values[layer, head]:.2f}: {lost:.0%} outside the streaming mask"
+            f"{kind} head, layer {layer}, KV head {head}, gate {gate:.2f}: {share:.0%} of its attention goes to tokens "
+            "that streaming drops, between the white lines",
+            fontsize=9,
         )
     return figure
+
+
+def _span(context: Tensor, answer: Tensor) -> tuple[int, int]:
+    """Where the answer stands in the context."""
+    windows = context.unfold(0, len(answer), 1)
+    start = int((windows == answer).all(1).nonzero()[0])
+    return start, start + len(answer)
 
 
 def _smollm2(run: Run) -> Loaded:
