@@ -6,7 +6,7 @@ import sys
 from regard.evidence.staleness import code_hashes, stale, syntax_hash
 
 CLAIM = """
-from regard.evidence.files import write_atomically
+from regard.data.files import write_atomically
 from .helper import number
 CLAIMS = []
 """
@@ -28,7 +28,7 @@ def test_the_closure_holds_what_is_reached_and_nothing_else(house):
     helper = "import regard.paper\nnumber = 3\n"
     paper = house.add("reached", claim=CLAIM, helper=helper, bystander="number = 4\n")
     modules = set(code_hashes(paper))
-    assert {"reached_house.reached.claim", "reached_house.reached.helper", "regard.evidence.files"} <= modules
+    assert {"reached_house.reached.claim", "reached_house.reached.helper", "regard.data.files"} <= modules
     assert "regard.paper" in modules  # by way of the helper
     assert not modules & {"reached_house.reached.bystander", "regard.cli.main"}
 
@@ -45,7 +45,7 @@ def test_stale_names_the_modules_that_changed(house, look_again):
     assert stale(paper, recorded) == ["aged_house.aged.helper"]
     (paper.folder / "claim.py").write_text("CLAIMS = []\n")
     look_again()
-    assert "regard.evidence.files" in stale(paper, recorded)  # no longer reached
+    assert "regard.data.files" in stale(paper, recorded)  # no longer reached
 
 
 def test_a_room_without_claims_rests_on_nothing(house):

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from regard.data.files import write_atomically
 from regard.evidence import store
-from regard.evidence.files import write_atomically
 from regard.evidence.store import CorruptEvidence, Evidence, SeedResult
 
 EVIDENCE = Evidence(

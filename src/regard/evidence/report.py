@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regard.evidence.files import write_atomically
+from regard.data.files import write_atomically
 from regard.paper import Paper
 
 if TYPE_CHECKING:

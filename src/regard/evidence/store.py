@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from regard.evidence.files import write_atomically
+from regard.data.files import write_atomically
 from regard.paper import Paper
 
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 
 from transformers import PretrainedConfig, PreTrainedModel
 
+from regard.data.files import write_atomically
 from regard.llm.cache import KVLayer, PolicyCache
 
 P = TypeVar("P", bound="CachePolicy")
@@ -60,9 +61,7 @@ class CachePolicy(ABC):
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         options = {"policy": type(self).__name__, **dataclasses.asdict(self)}
-        part = path / "policy.json.part"
-        part.write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")
-        part.rename(path / "policy.json")
+        write_atomically(path / "policy.json", json.dumps(options, indent=1) + "\n")
 
     @classmethod
     def load(cls: type[P], folder: str | PathLike[str]) -> P:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from regard.data.files import write_atomically
 from regard.data.timeseries import BUNDLED, SeriesSet, bundled, hold_out, load_series
 from regard.paper import Run
 from regard.papers.aaren.heads import Attention, SeriesClassifier, SeriesClassifierConfig
@@ -112,12 +113,10 @@ class Predict:
         probability = _in_batches(model, series, self.batch, run)
         classes = model.config.classes
         path = run.workdir / "predictions.csv"
-        with _whole(path) as file:
-            rows = csv.writer(file)
-            rows.writerow(["series", "predicted", *(f"probability of {name}" for name in classes)])
-            for name, row in zip(series.names, probability.tolist(), strict=True):
-                rows.writerow([name, classes[row.index(max(row))], *(f"{each:.6f}" for each in row)])
-        return path
+        rows: list[list[Any]] = [["series", "predicted", *(f"probability of {name}" for name in classes)]]
+        for name, row in zip(series.names, probability.tolist(), strict=True):
+            rows.append([name, classes[row.index(max(row))], *(f"{each:.6f}" for each in row)])
+        return _write_table(path, rows)
 
 
 @dataclass(frozen=True)
@@ -152,17 +151,13 @@ class Evaluate:
         confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
         confusion.index_put_((series.labels, predicted), torch.ones_like(predicted), accumulate=True)
         run.figure("confusion", draw_confusion(confusion, classes, measured.accuracy))
-        with _whole(run.workdir / "confusion.csv") as file:
-            rows = csv.writer(file)
-            rows.writerow(["class", *(f"predicted {name}" for name in classes)])
-            rows.writerows([name, *counts] for name, counts in zip(classes, confusion.tolist(), strict=True))
+        rows = [["class", *(f"predicted {name}" for name in classes)]]
+        rows += [[name, *counts] for name, counts in zip(classes, confusion.tolist(), strict=True)]
+        _write_table(run.workdir / "confusion.csv", rows)
         recalls = (confusion.diagonal() / confusion.sum(1).clamp(min=1)).tolist()
         content = {"accuracy": measured.accuracy, "cross_entropy": measured.loss, "series": len(series)}
         content |= {f"recall of {name}": recall for name, recall in zip(classes, recalls, strict=True)}
-        path = run.workdir / "evaluation.json"
-        with _whole(path) as file:
-            json.dump(content, file, indent=2)
-        return path
+        return write_atomically(run.workdir / "evaluation.json", json.dumps(content, indent=2) + "\n")
 
 
 def load_classifier(folder: Path, device: str = "cpu") -> SeriesClassifier:
@@ -241,14 +236,12 @@ def _check(series: SeriesSet, source: str | Path, features: int, labelled: bool)
         raise ValueError(f"{source}: the series must have labels")
 
 
-@contextmanager
-def _whole(path: Path) -> Iterator[TextIO]:
-    """A text file that is at its path when the block has ended well, and not before."""
+def _write_table(path: Path, rows: Sequence[Sequence[Any]]) -> Path:
+    """The path of the CSV file, which now holds the rows."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    with unfinished.open("w", newline="", encoding="utf-8") as file:
-        yield file
-    unfinished.replace(path)
+    return write_atomically(path, text.getvalue())
 
 
 def _save(model: SeriesClassifier, folder: Path) -> Path:

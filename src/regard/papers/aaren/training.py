@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
+from regard.data.files import as_bytes, write_atomically
 from regard.data.timeseries import SeriesSet, mean_and_deviation
 from regard.papers.aaren.heads import SeriesClassifier, SeriesClassifierConfig
 
@@ -158,9 +159,7 @@ class Trainer:
             "best": self.best,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".part")
-        torch.save(state, unfinished)
-        unfinished.replace(path)
+        write_atomically(path, as_bytes(state))
 
     def restore(self, path: Path) -> None:
         """Takes up the training that `save` wrote, generators included.

@@ -24,7 +24,13 @@ POLICY_EXAMPLES: dict[str, Callable[[PretrainedConfig], CachePolicy]] = {
     "duo_attention streaming": partial(_mixed_heads, prefill="streaming"),
 }
 
+EXAMPLES: dict[str, Callable[[], Any]] = {
+    "DuoAttention": lambda: DuoAttention.of_heads(torch.tensor([[True, False], [False, True]])),
+    "Gates": lambda: Gates(torch.tensor([[1.0, 0.2], [0.0, 0.7]])),
+}
+
 __all__ = [
+    "EXAMPLES",
     "POLICIES",
     "POLICY_EXAMPLES",
     "DuoAttention",

@@ -21,10 +21,11 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from regard.attention.attend import attend
 from regard.attention.masks import causal
+from regard.data.files import write_atomically
 from regard.llm.cache import GrowingStore, KVLayer, PolicyCache, SinksAndRecentStore, Store
 from regard.llm.policy import CachePolicy, head_dim, kv_heads
 from regard.llm.visible import Visible
-from regard.papers.duo_attention.gates import Gates, binarise, load_gates, save_gates, write_whole
+from regard.papers.duo_attention.gates import Gates, binarise, load_gates, save_gates
 from regard.papers.duo_attention.streaming import streaming_attention
 
 Prefill = Literal["released", "streaming"]
@@ -182,7 +183,7 @@ class DuoAttention(CachePolicy):
         save_gates(self.gates, folder)
         names = [option.name for option in dataclasses.fields(self) if option.name != "gates"]
         options = {"policy": type(self).__name__, **{name: getattr(self, name) for name in names}}
-        write_whole(Path(folder) / "policy.json", json.dumps(options, indent=1) + "\n")
+        write_atomically(Path(folder) / "policy.json", json.dumps(options, indent=1) + "\n")
 
     @classmethod
     @override

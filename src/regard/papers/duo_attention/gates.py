@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from regard.data.files import write_atomically
+
 TABLE, SETTINGS = "full_attention_heads.tsv", "config.json"
 
 
@@ -128,16 +130,6 @@ def save_gates(gates: Gates, folder: str | os.PathLike[str]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     rows = ("\t".join(f"{value:.18e}" for value in row) for row in gates.values.tolist())
     about = {**gates.settings, "sink_size": gates.sinks, "recent_size": gates.recent}
-    write_whole(folder / SETTINGS, json.dumps(about, indent=2) + "\n")
-    write_whole(folder / TABLE, "\n".join(rows) + "\n")
+    write_atomically(folder / SETTINGS, json.dumps(about, indent=2) + "\n")
+    write_atomically(folder / TABLE, "\n".join(rows) + "\n")
     return folder
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes the file under another name first, so that an interrupted write leaves the old one."""
-    unfinished = path.with_name(path.name + ".part")
-    try:
-        unfinished.write_text(text, "utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

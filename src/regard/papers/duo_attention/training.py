@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from regard.attention.attend import attend
+from regard.data.files import as_bytes, write_atomically
 from regard.llm.attach import attach
 from regard.llm.longcontext import Haystack, Prompt, passkeys
 from regard.llm.policy import kv_heads
@@ -213,9 +214,7 @@ class GateTrainer:
             "optimiser": self.optimiser.state_dict(),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".part")
-        torch.save(state, unfinished)
-        unfinished.replace(path)
+        write_atomically(path, as_bytes(state))
 
     def restore(self, path: Path) -> None:
         """Takes up the training that `save` wrote.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(path: Path, content: str | bytes) -> Path:
@@ -31,3 +33,12 @@ def write_atomically(path: Path, content: str | bytes) -> Path:
             raise OSError(error.errno, f"could not write {path}: {error.strerror or error}") from error
         raise
     return path
+
+
+def as_bytes(state: Any) -> bytes:
+    """What `torch.save` writes of the state, to be written with `write_atomically`."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
