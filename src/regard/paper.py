@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args, runtime_checkable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -142,6 +142,7 @@ class Claim:
     """Rough cost of one seed on two cores."""
 
 
+@runtime_checkable
 class Job(Protocol):
     """A frozen dataclass tree whose fields are the command line and the `--config` file."""
 

