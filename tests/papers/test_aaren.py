@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from regard.attention.merge import Partial, merge
 from regard.attention.scan import Running, associative_scan, prefix_attention
 from regard.attention.tree import tree_bytes
+from regard.blocks.saving import WEIGHTS
 from regard.data.timeseries import load_series
 from regard.paper import Run
 from regard.papers.aaren import (
@@ -34,7 +35,6 @@ from regard.papers.aaren import (
 )
 from regard.papers.aaren.claim import CLAIMS, LENGTHS, SCALES, naive_prefix_softmax, step_by_step
 from regard.papers.aaren.jobs import JOBS, Evaluate, Predict, Train, load_classifier
-from regard.papers.aaren.saving import WEIGHTS
 from regard.papers.aaren.training import Trainer, Training, make_classifier
 
 TINY = asdict(published["tiny"])

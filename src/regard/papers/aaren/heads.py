@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax, mse_loss, softplus
 
+from regard.blocks.saving import Saved
 from regard.papers.aaren.model import STACKS, CausalStack, StackConfig, StackState
-from regard.papers.aaren.saving import Saved
 
 Attention = Literal["aaren", "transformer"]
 

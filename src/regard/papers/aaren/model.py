@@ -13,10 +13,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from regard.attention.positions import sinusoid
 from regard.attention.scan import Running
 from regard.attention.tree import tree_leaves
+from regard.blocks.saving import Saved
 from regard.blocks.sequence_mixer import SequenceMixer, State
 from regard.blocks.softmax_attention import KeyValues
 from regard.papers.aaren.mixer import Aaren, Projections, learnt_query, no_tokens
-from regard.papers.aaren.saving import Saved
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,11 @@ class Saved(PyTorchModelHubMixin):
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged: {error}") from None
         model: Any = cls(config)
-        wanted, found = (
-            {name: tuple(weight.shape) for name, weight in weights_of.items()}
-            for weights_of in (model.state_dict(), weights)
-        )
+        own = model.state_dict(keep_vars=True)
+        for name, variable in own.items():  # tied weights are saved once
+            if name not in weights and (twin := next((n for n in weights if own.get(n) is variable), None)):
+                weights[name] = weights[twin]
+        wanted, found = ({name: tuple(each.shape) for name, each in of.items()} for of in (own, weights))
         different = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
         if different:
             name = different[0]
@@ -44,6 +45,7 @@ class Saved(PyTorchModelHubMixin):
                 f"{file} is not of this {cls.__name__}: {name} must be {wanted.get(name, 'absent')}, "
                 f"got {found.get(name, 'none')}"
             )
-        # `assign` keeps the saved dtype; in the file's own memory, less aligned, products would round differently
-        model.load_state_dict({name: weight.clone() for name, weight in weights.items()}, assign=True)
+        for name, variable in own.items():
+            # as saved, dtype included; in the file's own memory, less aligned, products would round differently
+            variable.data = weights[name].clone()
         return model.to(map_location).eval()
