@@ -112,6 +112,8 @@ def test_a_nucleus_holds_the_likeliest_tokens_that_reach_top_p():
     share = sample(logits, 1.0, 0.7, generator).bincount(minlength=4) / 4000
     assert torch.allclose(share, torch.tensor([0.625, 0.375, 0, 0]), atol=0.03)
     assert set(sample(logits, 1.0, 0.01, generator).tolist()) == {0}
+    assert set(sample(logits, 1.0, 1.0, generator, top_k=2).tolist()) == {0, 1}
+    assert set(sample(logits, 5.0, 0.5, generator, top_k=1).tolist()) == {0}
     share = sample(logits, 0.5, 1.0, generator).bincount(minlength=4) / 4000
     assert torch.allclose(share, torch.tensor([0.25, 0.09, 0.0225, 0.0025]) / 0.365, atol=0.03)
     assert set(sample(logits, 0.0, 1.0).tolist()) == {0}
@@ -183,6 +185,7 @@ def test_an_unknown_mixer_is_named_with_those_there_are():
         (text(1, 3), dict(temperature=-1.0), "temperature must be 0 or positive, got -1.0"),
         (text(1, 3), dict(temperature=float("nan")), "temperature must be 0 or positive, got nan"),
         (text(1, 3), dict(top_p=0.0), "top_p must be in \\(0, 1\\], got 0.0"),
+        (text(1, 3), dict(top_k=0), "top_k must be at least 1, got 0"),
     ],
 )
 def test_generation_refuses_options_out_of_range_at_once(prompt, options, message):

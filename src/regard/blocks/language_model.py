@@ -134,13 +134,14 @@ class LanguageModel(nn.Module):
         max_new_tokens: int,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[Int64[Tensor, "batch"]]:
         """The new tokens, one position of the whole batch at a time, as they are made.
 
         Reads the prompt once and goes on from its state. `temperature` 0 takes the likeliest token; otherwise a token
-        is drawn, by `generator`, out of the likeliest whose probabilities reach `top_p`. Whoever iterates decides when
-        a text has ended. Raises ValueError on options out of range and on a prompt without tokens or with unknown ones.
+        is drawn, by `generator`, out of the `top_k` likeliest, and of these out of the likeliest whose probabilities
+        reach `top_p`. Whoever iterates decides when a text has ended. Raises ValueError on options out of range and on a prompt without tokens or with unknown ones.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -148,21 +149,29 @@ class LanguageModel(nn.Module):
             raise ValueError(f"temperature must be 0 or positive, got {temperature}")
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}")
         if prompt.numel() == 0:
             raise ValueError(f"prompt must hold at least one token, got {tuple(prompt.shape)}")
         if prompt.min() < 0 or prompt.max() >= self.config.vocab_size:
             least, most = int(prompt.min()), int(prompt.max())
             raise ValueError(f"prompt must hold tokens in [0, {self.config.vocab_size}), got [{least}, {most}]")
-        return self._generate(prompt, max_new_tokens, temperature, top_p, generator)
+        return self._generate(prompt, max_new_tokens, temperature, top_p, top_k, generator)
 
     @torch.no_grad()
     def _generate(
-        self, prompt: Tensor, new: int, temperature: float, top_p: float, generator: torch.Generator | None
+        self,
+        prompt: Tensor,
+        new: int,
+        temperature: float,
+        top_p: float,
+        top_k: int | None,
+        generator: torch.Generator | None,
     ) -> Iterator[Tensor]:
         logits, state = self(prompt)
         logits = logits[:, -1]
         for left in reversed(range(new)):
-            token = sample(logits, temperature, top_p, generator)
+            token = sample(logits, temperature, top_p, generator, top_k)
             yield token
             if left:
                 logits, state = self.step(token, state)
@@ -173,15 +182,22 @@ class LanguageModel(nn.Module):
 
 
 def sample(
-    logits: Float[Tensor, "batch vocab"], temperature: float, top_p: float, generator: torch.Generator | None = None
+    logits: Float[Tensor, "batch vocab"],
+    temperature: float,
+    top_p: float,
+    generator: torch.Generator | None = None,
+    top_k: int | None = None,
 ) -> Int64[Tensor, "batch"]:
     """A token for each row: the likeliest at temperature 0, otherwise drawn from the nucleus of `top_p`.
+
+    With `top_k`, the nucleus is of the distribution over so many likeliest tokens.
 
     Source: "The Curious Case of Neural Text Degeneration" (Holtzman et al., 2020), section 3.1.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probability, order = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    scores, order = (logits.float() / temperature).sort(dim=-1, descending=True)
+    probability = scores[:, :top_k].softmax(dim=-1)
     reached = probability.cumsum(dim=-1) - probability  # by the likelier tokens; 0 for the first, which always stays
     probability = probability.masked_fill(reached >= top_p, 0.0) if top_p < 1 else probability
     return order.gather(-1, probability.multinomial(1, generator=generator)).squeeze(-1)

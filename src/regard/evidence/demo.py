@@ -272,8 +272,8 @@ def demo_report(
     report.text(
         "A language model keeps keys and values of every token it has read, for every attention head: its cache, which "
         "grows with the document. Here the same model reads the same document four times, with four rules for what the "
-        "cache may keep, and is then asked for the passkeys that were hidden in the text. The built-in document is one in "
-        "which full attention finds them all, so that what a rule loses can be seen; --seed makes others."
+        "cache may keep, and is then asked for the passkeys that were hidden in the text. The built-in document is one "
+        "in which full attention finds them all, so that what a rule loses can be seen; --seed makes others."
     )
     headers = ["way", "right", "nats per passkey token", "MB held", "document read in s", "answers in s"]
     report.table(

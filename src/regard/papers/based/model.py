@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from regard.blocks.feedforward import SwiGLU, round_up
 from regard.blocks.language_model import LanguageModel, LanguageModelConfig
+from regard.blocks.saving import Saved
 from regard.papers.based.mixer import BaseConv, SlidingWindowAttention, TaylorLinearAttention
 
 __all__ = ["Based", "BasedConfig", "initialise"]
@@ -61,7 +61,7 @@ class BasedConfig(LanguageModelConfig):
         return round_up(2 * self.dim, 256)
 
 
-class Based(LanguageModel, PyTorchModelHubMixin):
+class Based(LanguageModel, Saved, library_name="regard"):
     """A pre-norm decoder of gated short convolutions, Taylor linear attention and sliding-window attention.
 
     Token ids (batch, tokens) give logits (batch, tokens, vocab) and a state of the same bytes after any number of
