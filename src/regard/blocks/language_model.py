@@ -141,7 +141,8 @@ class LanguageModel(nn.Module):
 
         Reads the prompt once and goes on from its state. `temperature` 0 takes the likeliest token; otherwise a token
         is drawn, by `generator`, out of the `top_k` likeliest, and of these out of the likeliest whose probabilities
-        reach `top_p`. Whoever iterates decides when a text has ended. Raises ValueError on options out of range and on a prompt without tokens or with unknown ones.
+        reach `top_p`. Whoever iterates decides when a text has ended. Raises ValueError on options out of range and on
+        a prompt without tokens or with unknown ones.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
