@@ -166,6 +166,28 @@ def tune(run: Run, steps: int = 800) -> dict[str, dict[float, float]]:
 
 def measure_recall(run: Run) -> dict[str, float]:
     """Recall of every model, trained and tested on this seed's sequences."""
+    shares, numbers = _trained(run)
+    run.figure("frontier", draw_frontier(shares, numbers))
+    run.figure("recall", draw_recall(shares))
+    result = {f"{name}_at_16": share[16] for name, share in shares.items() if name != "hybrid"}
+    for name, pairs in (("attention", 4), ("attention", 8), ("window_8", 8)):
+        result[f"{name}_at_{pairs}"] = shares[name][pairs]
+    return result
+
+
+def measure_hybrid(run: Run) -> dict[str, float]:
+    """Recall of the hybrid and of its parts, at all numbers of pairs; the same models as in `measure_recall`."""
+    shares, _ = _trained(run)
+    names = ("hybrid", "based_8", "window_16")
+    return {f"{name}_at_{pairs}": shares[name][pairs] for name in names for pairs in TESTED_PAIRS}
+
+
+def _trained(run: Run) -> tuple[dict[str, dict[int, float]], dict[str, int]]:
+    """Recall by model and number of pairs, and the numbers that each model keeps."""
+    return run.once("based: recall", lambda: _train_all(run))
+
+
+def _train_all(run: Run) -> tuple[dict[str, dict[int, float]], dict[str, int]]:
     seed = FIRST_SEED + run.seed
     batches = test_batches(seed)
     shares: dict[str, dict[int, float]] = {}
@@ -173,19 +195,13 @@ def measure_recall(run: Run) -> dict[str, float]:
     for name, layout in run.progress(list(LAYOUTS.items()), "models trained and tested"):
         model = train(layout, RATE[name], seed, run)
         shares[name], numbers[name] = recall(model, batches, run), model.state_numbers()
-    run.figure("frontier", draw_frontier(shares, numbers))
-    run.figure("recall", draw_recall(shares))
-    result = {f"{name}_at_16": share[16] for name, share in shares.items()}
-    for name, pairs in (("attention", 4), ("attention", 8), ("window_8", 8)):
-        result[f"{name}_at_{pairs}"] = shares[name][pairs]
-    return result
+    return shares, numbers
 
 
 def recall_is_bought_with_state(seeds: Sequence[Mapping[str, float]]) -> bool:
     """The rule of the first claim, on means over the seeds."""
     at = {key: mean(seed[key] for seed in seeds) for key in seeds[0]}
     few, some, many = (at[f"based_{f}_at_16"] for f in FEATURES)
-    best_part = max(some, at["window_16_at_16"])
     return (
         min(at[f"attention_at_{pairs}"] for pairs in TRAINED_PAIRS) >= 0.98
         and few - NOISE <= some <= many + NOISE
@@ -193,8 +209,13 @@ def recall_is_bought_with_state(seeds: Sequence[Mapping[str, float]]) -> bool:
         and many >= at["attention_at_16"] - 0.1
         and max(at[key] for key in ("window_8_at_8", "window_8_at_16", "window_16_at_16")) < 0.5
         and some >= at["window_37_at_16"] + 0.2
-        and at["hybrid_at_16"] >= best_part - NOISE
     )
+
+
+def hybrid_is_no_worse(seeds: Sequence[Mapping[str, float]]) -> bool:
+    """The rule of the claim about the hybrid, on means over the seeds."""
+    at = {key: mean(seed[key] for seed in seeds) for key in seeds[0]}
+    return at["hybrid_at_16"] >= max(at["based_8_at_16"], at["window_16_at_16"]) - NOISE
 
 
 @torch.no_grad()
@@ -300,9 +321,8 @@ CLAIMS = [
             "seeds: full attention >= 0.98 at 4, 8 and 16 pairs. At 16 pairs, linear attention does not lose by more "
             "features (4, 8, 16; each at most 0.01 below the one before), gains from 4 to 16, and is with 16 within "
             "0.1 of full attention; a window of w tokens alone stays below 0.5 where w is less than the 2n tokens of "
-            "the n pairs (w = 8 and 16 at 16 pairs, w = 8 at 8 pairs); at equal state (8 features; w = 37) linear "
-            "attention is at least 0.2 above the window; and the hybrid of all three mixers (8 features, w = 16, one "
-            "layer more) is at most 0.01 below the better of its parts."
+            "the n pairs (w = 8 and 16 at 16 pairs, w = 8 at 8 pairs); and at equal state (8 features; w = 37) linear "
+            "attention is at least 0.2 above the window."
         ),
         published="a smooth frontier of recall against state size, by the number of features (figure 2)",
         baseline="full attention; sliding windows of 8, 16, 32 and 37 tokens; two short convolutions",
@@ -310,6 +330,20 @@ CLAIMS = [
         holds=recall_is_bought_with_state,
         seeds=3,
         minutes=3.5,
+    ),
+    Claim(
+        name="the hybrid is no worse than its parts",
+        statement=(
+            "The hybrid of all three mixers (short convolution, linear attention of 8 features, window of 16; one layer "
+            "more than its parts), trained like them, recalls 16 pairs at most 0.01 less often than the better of its "
+            "parts alone, means over the seeds."
+        ),
+        published="the three mixers together are the best of the compared models at equal state (section 3)",
+        baseline="the same models with linear attention or the window alone",
+        measure=measure_hybrid,
+        holds=hybrid_is_no_worse,
+        seeds=3,
+        minutes=0.1,
     ),
     Claim(
         name="the forms agree and the state is constant",
