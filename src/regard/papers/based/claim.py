@@ -335,8 +335,8 @@ CLAIMS = [
         name="the hybrid is no worse than its parts",
         statement=(
             "The hybrid of all three mixers (short convolution, linear attention of 8 features, window of 16; one "
-            "layer more than its parts), trained like them, recalls 16 pairs at most 0.01 less often than the better of "
-            "its parts alone, means over the seeds."
+            "layer more than its parts), trained like them, recalls 16 pairs at most 0.01 less often than the better "
+            "of its parts alone, means over the seeds."
         ),
         published="the three mixers together are the best of the compared models at equal state (section 3)",
         baseline="the same models with linear attention or the window alone",
