@@ -51,4 +51,7 @@ docs: setup
 	$(PY) -m pytest -q tests/docs
 
 bench: setup
-	@for script in benchmarks/*.py; do [ -e "$$script" ] || continue; echo "$$script"; $(PY) "$$script"; done
+	$(PY) benchmarks/attention.py
+	$(PY) benchmarks/mixers.py
+	$(PY) benchmarks/llm.py
+	@echo "against kvpress: benchmarks/peers/kvpress/requirements.txt says how"

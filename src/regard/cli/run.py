@@ -86,7 +86,7 @@ def _print(outcomes: Sequence[Outcome], report: Path) -> None:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_lines=True)
     for name in ("claim", "published", "measured (mean)", "seeds", "holds"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for outcome in outcomes:
         evidence = outcome.evidence
         measured = "\n".join(f"{key} {format_cell(value)}" for key, value in evidence.measured.items())
