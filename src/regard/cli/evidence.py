@@ -76,7 +76,7 @@ def table_of(rows: Sequence[dict[str, Any]]) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("paper", "claim", "holds", "measured (mean)", "seeds", "recorded", "code"):
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", no_wrap=name == "paper")
     for row in rows:
         measured = "\n".join(f"{key} {format_cell(value)}" for key, value in row["measured"].items())
         holds = Text("yes", "green") if row["holds"] else Text("no", "red")
