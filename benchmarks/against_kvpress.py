@@ -26,7 +26,7 @@ from regard.papers.duo_attention import DuoAttention
 HERE = Path(__file__).parent
 PEER = HERE / "peers" / "kvpress"
 RESULTS = HERE / "results" / "against_kvpress.json"
-PROMPTS, CONTEXT, SEED = 24, 1000, 20_000
+PROMPTS, CONTEXT, SEED = 8, 1000, 20_000
 DECODE_CONTEXT, DECODE_STEPS, THREADS = 4096, 48, 2
 
 

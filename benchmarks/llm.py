@@ -24,6 +24,8 @@ from regard.papers.duo_attention import DuoAttention
 CONTEXTS = (4096, 8128)
 STEPS, WARM = 48, 4
 CHUNK = 1024
+LEAST = 1e-3
+"""Seconds of attention below which a ratio would be one of noise."""
 RESULTS = Path(__file__).parent / "results" / "llm.json"
 
 UNTOUCHED = "untouched model"
@@ -94,7 +96,7 @@ def measure(model: PreTrainedModel, text: Tensor, context: int) -> list[dict]:
             "attention_ms": 1e3 * attention[name],
             "attention_share": attention[name] / median(steps[name]),
             "step_speedup": median(a / b for a, b in zip(steps[UNTOUCHED], steps[name], strict=True)),
-            "attention_speedup": attention[UNTOUCHED] / max(attention[name], 1e-5),
+            "attention_speedup": attention[UNTOUCHED] / attention[name] if attention[name] > LEAST else None,
         }
         for name in steps
     ]
@@ -108,7 +110,7 @@ def main() -> None:
     rows = [row for context in CONTEXTS for row in measure(loaded.model, text, context)]
     table = Table(*rows[0], title="SmolLM2-135M, fp32, one sequence, 2 threads", title_justify="left")
     for row in rows:
-        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value or "-") for value in row.values()))
     Console().print(table)
     RESULTS.parent.mkdir(exist_ok=True)
     write_json(RESULTS, {"threads": torch.get_num_threads(), "steps": STEPS, "rows": rows})
