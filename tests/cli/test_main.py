@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from importlib import import_module
+from shlex import quote
 
 import pytest
 
@@ -147,7 +148,7 @@ def test_an_interrupt_exits_with_130(monkeypatch, capsys):
 
 
 def test_a_reader_that_has_seen_enough_is_no_failure(house):
-    command = f"{sys.executable} -m regard.cli.main list --json | head -c 1; exit ${{PIPESTATUS[0]}}"
+    command = f"{quote(sys.executable)} -m regard.cli.main list --json | head -c 1; exit ${{PIPESTATUS[0]}}"
     run = subprocess.run(["bash", "-c", command], env=house.environment, capture_output=True, text=True)
     assert run.returncode == 0 and "Broken pipe" not in run.stderr
 
