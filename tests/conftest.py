@@ -21,6 +21,8 @@ import hypothesis
 import pytest
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from regard.paper import Paper
 
 hypothesis.settings.register_profile("regard", deadline=None)  # how long an example takes says how busy the machine is
@@ -146,3 +148,22 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
             del sys.modules[name]
     monkeypatch.undo()
     forget()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> "PreTrainedTokenizerFast":
+    """A token for each byte, after <pad>, <s> and </s>; it can chat, and marks no start of a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate([*special, *letters])}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    made.chat_template = (
+        "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+    )
+    return made

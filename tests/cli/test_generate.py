@@ -67,7 +67,6 @@ def test_the_chat_format_is_used_unless_it_is_switched_off(ask):
 def test_every_policy_runs(ask, name, tmp_path):
     words = ["--policy", name]
     if name == "duo_attention":
-        pytest.importorskip("regard.papers.duo_attention")
         import torch
 
         from regard.papers.duo_attention import random_gates, save_gates

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from regard.evidence import demo
 from regard.llm import Full, Loaded, Streaming
@@ -16,7 +15,7 @@ TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind. 
 
 
 @pytest.fixture(scope="module")
-def loaded():
+def loaded(tokenizer):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=259,
@@ -29,11 +28,6 @@ def loaded():
         max_position_embeddings=900,
         initializer_range=0.2,
     )
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(["<pad>", "<s>", "</s>", *letters])}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
     return Loaded(LlamaForCausalLM(config).eval().requires_grad_(False), tokenizer, "tiny")
 
 

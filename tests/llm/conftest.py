@@ -1,11 +1,10 @@
-"""Small random models of several architectures, and a tokenizer of bytes."""
+"""Small random models of several architectures."""
 
 from collections.abc import Callable
 from functools import cache
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     Gemma3ForCausalLM,
@@ -19,7 +18,6 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -91,19 +89,3 @@ def tokens() -> Callable[..., Tensor]:
         return torch.randint(3, VOCABULARY, (rows, number), generator=torch.Generator().manual_seed(seed))
 
     return draw
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each byte, after <pad>, <s> and </s>; it can chat, and marks no start of a text."""
-    special = ["<pad>", "<s>", "</s>"]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate([*special, *letters])}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    made.chat_template = (
-        "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
-        "{% if add_generation_prompt %}<s>assistant:{% endif %}"
-    )
-    return made
