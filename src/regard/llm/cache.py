@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,17 +13,52 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 from typing_extensions import override
 
+from regard.llm.codec import AS_IS, Codec
 from regard.llm.visible import Visible
 
 
 class Store:
-    """Keys and values of some heads, in preallocated buffers [batch, heads, capacity, dim]; rows are sequences."""
+    """Keys and values of some heads, in preallocated buffers [batch, heads, capacity, dim]; rows are sequences.
+
+    Buffers hold what the codec makes of keys and values: as they come where nothing else is set.
+    """
 
     def __init__(self) -> None:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.used = 0
         """Slots that hold a token, the same in every row: slots 0 to used - 1."""
+        self.codec: Codec = AS_IS
+        self.dtype: torch.dtype | None = None
+        """Of the keys and values that came."""
+
+    def encode(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values as the buffers hold them."""
+        self.dtype = key.dtype
+        return self.codec.encode(key), self.codec.encode(value)
+
+    def decode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values out of parts of the buffers."""
+        assert self.dtype is not None
+        return self.codec.decode(keys, self.dtype), self.codec.decode(values, self.dtype)
+
+    def everything(
+        self,
+    ) -> tuple[Float[Tensor, "batch heads used dim"], Float[Tensor, "batch heads used dim_v"]]:
+        """The slots in use."""
+        assert self.keys is not None and self.values is not None
+        return self.decode(self.keys[:, :, : self.used], self.values[:, :, : self.used])
+
+    def chosen(
+        self, slots: Int[Tensor, "batch heads chosen"]
+    ) -> tuple[Float[Tensor, "batch heads chosen dim"], Float[Tensor, "batch heads chosen dim_v"]]:
+        """Keys and values of some slots, of every row and head its own; only these are decoded."""
+        assert self.keys is not None and self.values is not None
+        index = slots.long()[..., None]
+        return self.decode(
+            self.keys.gather(2, index.expand(-1, -1, -1, self.keys.shape[-1])),
+            self.values.gather(2, index.expand(-1, -1, -1, self.values.shape[-1])),
+        )
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replaces every tensor by `change` of it: a selection, repetition or reordering of rows."""
@@ -61,14 +97,15 @@ class GrowingStore(Store):
     def append(
         self, key: Float[Tensor, "batch heads new dim"], value: Float[Tensor, "batch heads new dim_v"]
     ) -> tuple[Float[Tensor, "batch heads used dim"], Float[Tensor, "batch heads used dim_v"]]:
-        """Views of everything held, the new tokens last."""
+        """Everything held, the new tokens last: views, where nothing has to be decoded."""
+        key, value = self.encode(key, value)
         used = self.used + key.shape[2]
         self.keys = self._with_room(self.keys, key, used)
         self.values = self._with_room(self.values, value, used)
         self.keys[:, :, self.used : used] = key
         self.values[:, :, self.used : used] = value
         self.used = used
-        return self.keys[:, :, :used], self.values[:, :, :used]
+        return self.everything()
 
     def _with_room(self, buffer: Tensor | None, new: Tensor, used: int) -> Tensor:
         if buffer is not None and buffer.shape[2] >= used:
@@ -119,7 +156,8 @@ class SinksAndRecentStore(Store):
     def write(
         self, key: Float[Tensor, "batch heads new dim"], value: Float[Tensor, "batch heads new dim_v"]
     ) -> tuple[Float[Tensor, "batch heads used dim"], Float[Tensor, "batch heads used dim_v"]]:
-        """Views of the slots in use, after the new tokens took their places."""
+        """The slots in use, after the new tokens took their places: views, where nothing has to be decoded."""
+        key, value = self.encode(key, value)
         new = key.shape[2]
         if self.keys is None or self.values is None:
             self.keys = key.new_zeros(*key.shape[:2], self.size, key.shape[3])
@@ -132,7 +170,7 @@ class SinksAndRecentStore(Store):
             self._write_rows(key, value)
         self.seen += new
         self.used = min(self.seen, self.size)
-        return self.keys[:, :, : self.used], self.values[:, :, : self.used]
+        return self.everything()
 
     def _pieces(self, new: int) -> list[tuple[int, int, int]]:
         """(source, target, length) of the copies that put `new` tokens in place, where no row is padded."""
@@ -325,8 +363,20 @@ class PolicyCache(Cache):
 
     layers: list[KVLayer]
 
-    def __init__(self, layers: list[KVLayer]) -> None:
+    def __init__(self, layers: list[KVLayer], model: nn.Module | None = None) -> None:
         super().__init__(layers=layers)
+        self._model = None if model is None else weakref.ref(model)
+
+    def with_layers(self, layers: list[KVLayer]) -> PolicyCache:
+        """A cache of these layers for the same model."""
+        other = PolicyCache(layers)
+        other._model = self._model
+        return other
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether it was made for this model, as far as it was told for which."""
+        made_for = None if self._model is None else self._model()
+        return self._model is None or made_for is model
 
     @property
     def bytes_held(self) -> int:

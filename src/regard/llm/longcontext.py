@@ -333,6 +333,26 @@ def common_words(
     return prompts
 
 
+def passages(
+    haystack: Haystack,
+    number: int,
+    *,
+    context: int = 1000,
+    continuation: int = 256,
+    seed: int = 0,
+    split: Split = "held_out",
+) -> list[Prompt]:
+    """Plain text in two parts: a context of exactly `context` tokens, and `continuation` tokens to predict after it."""
+    _require_positive(number=number, context=context, continuation=continuation)
+    prompts = []
+    for generator in _generators(number, seed, split):
+        text = haystack.draw(context - len(haystack.start) + continuation, split, generator)
+        tokens = torch.from_numpy(np.concatenate([haystack.start, text]))
+        turn = Turn(tokens[:0], tokens[context:], ())
+        prompts.append(Prompt(tokens[:context], (turn,)))
+    return prompts
+
+
 TASKS: dict[str, Callable[..., list[Prompt]]] = {
     "single_needle": single_needle,
     "multi_needle": multi_needle,
@@ -475,6 +495,33 @@ def recall(
             held = max(held, bytes_held(cache))
             clock = [clock[0] + read_by - begun, clock[1] + time.perf_counter() - read_by]
     return Recall(torch.stack(losses), torch.stack(hits), held, *clock)
+
+
+def recite_tails(
+    model: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    policy: CachePolicy,
+    cache: PolicyCache,
+    *,
+    steps: Callable[[Sequence[tuple[Tensor, Tensor]]], Iterator[tuple[Tensor, Tensor]]] = iter,
+) -> tuple[list[Float[Tensor, " scored"]], list[Bool[Tensor, " scored"]]]:
+    """Of every prompt, the loss of each scored token of its tail, and whether it was the most likely one.
+
+    The cache, a row for each prompt, has read the contexts, which have one length; the tails are decoded token by
+    token, all prompts together, shorter ones padded at their end. The first token of a tail has been predicted by the
+    context and does not count. `steps` may show progress.
+    """
+    tail = torch.nn.utils.rnn.pad_sequence([prompt.tail for prompt in prompts], batch_first=True).to(model.device)
+    scored = torch.nn.utils.rnn.pad_sequence([prompt.scored for prompt in prompts], batch_first=True)[:, 1:]
+    losses, hits = [], []
+    with use(model, policy):
+        for token, following in steps(list(zip(tail.T[:-1, :, None], tail.T[1:], strict=True))):
+            logits = model(token, past_key_values=cache).logits[:, 0].float()
+            losses.append(torch.nn.functional.cross_entropy(logits, following, reduction="none").cpu())
+            hits.append((logits.argmax(-1) == following).cpu())
+    loss, hit = torch.stack(losses, dim=1), torch.stack(hits, dim=1)
+    rows = range(len(prompts))
+    return [loss[row][scored[row]] for row in rows], [hit[row][scored[row]] for row in rows]
 
 
 def answers(

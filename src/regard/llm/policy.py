@@ -43,6 +43,14 @@ class CachePolicy(ABC):
     def unlimited(self: P) -> P:
         """The same policy with the options under which it must equal full attention."""
 
+    def with_budget(self: P, tokens: int, context: int) -> P:
+        """The same policy, set to hold about `tokens` of a context's tokens, the mean over its KV heads.
+
+        A policy that holds all of them is set to read so many in most steps, and one without a budget stays as it is:
+        so that all can be compared at one budget. Raises ValueError where the budget or the context is below 1.
+        """
+        return self
+
     def check(self, config: PretrainedConfig) -> None:  # noqa: B027 - most options fit every model
         """Raises ValueError, in one sentence, where the options do not fit the model."""
 
@@ -50,7 +58,8 @@ class CachePolicy(ABC):
         """An empty cache for the model."""
         config = model.config.get_text_config()
         self.check(config)
-        return PolicyCache([self.layer(config, index) for index in range(config.num_hidden_layers)])
+        layers = [self.layer(config, index) for index in range(config.num_hidden_layers)]
+        return PolicyCache(layers, model=model.base_model)
 
     def fit(self: P, model: PreTrainedModel, texts: Sequence[str]) -> P:
         """The policy after its search or training on the model; itself where it needs none."""
@@ -86,6 +95,13 @@ class CachePolicy(ABC):
         if unknown:
             raise ValueError(f"{path} has the option {unknown[0]!r}, which {cls.__name__} does not know")
         return options
+
+
+def require_budget(tokens: int, context: int) -> None:
+    """Raises ValueError, in one sentence, where a budget or the context it is for is below 1 token."""
+    if tokens < 1 or context < 1:
+        name, given = ("budget", tokens) if tokens < 1 else ("context", context)
+        raise ValueError(f"{name} must be at least 1 token, got {given}")
 
 
 def bytes_per_token(config: PretrainedConfig, itemsize: int = 4) -> int:

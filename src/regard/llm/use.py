@@ -26,7 +26,7 @@ def use(model: PreTrainedModel, policy: CachePolicy) -> Iterator[PreTrainedModel
     begins a new cache, returned as `past_key_values`. Gradients are off inside the block: caches are for inference.
 
     Raises ValueError where the policy does not fit the model, or where the caller passes a cache in use that no policy
-    made or that was made for another number of layers.
+    made or that was made for another model.
 
     >>> from regard.llm import Streaming, load, use
     >>> loaded = load("smollm2")                                                     # doctest: +SKIP
@@ -62,6 +62,8 @@ def _require_fitting(cache: Cache, model: PreTrainedModel) -> None:
     layers = model.config.get_text_config().num_hidden_layers
     if len(cache.layers) != layers:
         raise ValueError(f"past_key_values was made for {len(cache.layers)} layers, the model has {layers}")
+    if not cache.fits(model.base_model):
+        raise ValueError("past_key_values was made for another model; make one by policy.cache(model)")
 
 
 def _step(module: nn.Module, query: Tensor, key: Any, value: Any, visible: Visible, scale: float) -> Tensor:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from typing_extensions import override
 
 from regard.attention.attend import attend
-from regard.llm.cache import GrowingStore, KVLayer, Store
+from regard.llm.cache import GrowingStore, KVLayer, PolicyCache, Store
 from regard.llm.policy import CachePolicy, bytes_per_token, kv_heads
 from regard.llm.visible import Visible
 
@@ -33,7 +33,7 @@ class Full(CachePolicy):
 
 
 class FullLayer(KVLayer):
-    """All tokens of one layer."""
+    """All tokens of one layer. Policies that hold everything and read a part of it build on it."""
 
     is_croppable = True
 
@@ -53,10 +53,33 @@ class FullLayer(KVLayer):
         keys, values = self.store.append(key, value)
         return attend(query, keys, values, mask=visible.over(), scale=scale)
 
+    def take_over(self, other: FullLayer) -> None:
+        """Holds a copy of what the other layer holds, and goes on from there."""
+        keys, values = other.store.everything()
+        self.reset()
+        self.lazy_initialization(keys, values)
+        self.store.append(keys, values)
+        self.seen = other.seen
+
     @override
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
-        removed = min(-tokens_to_remove, self.seen)
+        removed = min(abs(tokens_to_remove), self.seen)
         self.store.crop(removed)
         self.seen -= removed
+
+
+def forked(cache: PolicyCache, policy: CachePolicy, model: PreTrainedModel) -> PolicyCache:
+    """A cache of a policy that holds everything, going on from a copy of what `cache` holds, which stays as it is.
+
+    So several policies can share one reading of a prompt. Raises ValueError where either of the two does not hold every
+    token in one store.
+    """
+    fork = policy.cache(model)
+    for ours, theirs in zip(fork.layers, cache.layers, strict=True):
+        if not isinstance(ours, FullLayer) or not isinstance(theirs, FullLayer):
+            raise ValueError(
+                f"only caches that hold everything can be forked, got layers of {type(theirs).__name__} "
+                f"for {type(policy).__name__}"
+            )
+        ours.take_over(theirs)
+    return fork

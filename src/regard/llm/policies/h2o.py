@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from typing_extensions import override
 
 from regard.llm.policies.selected import ScoredStore, SelectedLayer, attend_and_sum, best
-from regard.llm.policy import CachePolicy, bytes_per_token, kv_heads
+from regard.llm.policy import CachePolicy, bytes_per_token, kv_heads, require_budget
 from regard.llm.visible import Visible
 
 
@@ -47,6 +47,11 @@ class H2O(CachePolicy):
     @override
     def promised_bytes(self, config: PretrainedConfig, batch: int, tokens: int, itemsize: int = 4) -> int:
         return batch * kv_heads(config) * min(tokens, self.budget) * bytes_per_token(config, itemsize)
+
+    @override
+    def with_budget(self, tokens: int, context: int) -> H2O:
+        require_budget(tokens, context)
+        return replace(self, budget=tokens, recent=None if self.recent is None else min(self.recent, tokens))
 
     @override
     def unlimited(self) -> H2O:

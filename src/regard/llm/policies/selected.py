@@ -36,9 +36,14 @@ class SelectedStore(Store):
     def append(
         self, key: Float[Tensor, "batch heads new dim"], value: Float[Tensor, "batch heads new dim_v"], first: int
     ) -> tuple[Float[Tensor, "batch heads used dim"], Float[Tensor, "batch heads used dim_v"]]:
-        """Views of everything held, the new tokens last; the first of them has position `first`."""
+        """Everything held, the new tokens last, of which the first has position `first`.
+
+        Views, where nothing has to be decoded.
+        """
         position = torch.arange(first, first + key.shape[2], device=key.device, dtype=torch.int32)
-        return self._append(keys=key, values=value, positions=position.expand(*key.shape[:2], -1))
+        positions = position.expand(*key.shape[:2], -1)
+        key, value = self.encode(key, value)
+        return self._append(keys=key, values=value, positions=positions)
 
     def _append(self, **new: Tensor) -> tuple[Tensor, Tensor]:
         used = self.used + new["keys"].shape[2]
@@ -60,9 +65,12 @@ class SelectedStore(Store):
         return larger
 
     def held(self, name: str) -> Tensor:
-        """The slots in use of one buffer, (batch, heads, used, ...)."""
-        buffer: Tensor = getattr(self, name)
-        return buffer[:, :, : self.used]
+        """The slots in use of one buffer, (batch, heads, used, ...); keys and values decoded."""
+        buffer: Tensor = getattr(self, name)[:, :, : self.used]
+        if name not in ("keys", "values"):
+            return buffer
+        assert self.dtype is not None
+        return self.codec.decode(buffer, self.dtype)
 
     def keep(self, slots: Int[Tensor, "batch heads kept"], spare: int = 0) -> None:
         """Drops all but these slots, which come in the order given; the new buffers have `spare` free slots."""
@@ -150,17 +158,30 @@ def some_queries(visible: Visible, start: int, stop: int) -> Visible:
     return Visible(visible.rule, visible.first + start, stop - start, padding, visible.device)
 
 
-def received(weights: Float[Tensor, "batch heads queries keys"], kv_heads: int) -> Float[Tensor, "batch kv_heads keys"]:
-    """The attention that every key receives, summed over queries and over the query heads of its KV head."""
-    return weights.unflatten(1, (kv_heads, -1)).sum((2, 3))
+def received(
+    weights: Float[Tensor, "batch heads queries keys"],
+    kv_heads: int,
+    counts: Float[Tensor, " queries"] | None = None,
+) -> Float[Tensor, "batch kv_heads keys"]:
+    """The attention that every key receives, summed over queries and over the query heads of its KV head.
+
+    A query counts 1, or what `counts` says.
+    """
+    grouped = weights.unflatten(1, (kv_heads, -1))
+    return grouped.sum((2, 3)) if counts is None else torch.einsum("bhgqk,q->bhk", grouped, counts.to(weights))
 
 
 def attend_and_sum(
-    layer: SelectedLayer, query: Float[Tensor, "batch heads queries dim"], visible: Visible, scale: float
+    layer: SelectedLayer,
+    query: Float[Tensor, "batch heads queries dim"],
+    visible: Visible,
+    scale: float,
+    counts: Float[Tensor, " queries"] | None = None,
 ) -> tuple[Float[Tensor, "batch heads queries dim_v"], Float[Tensor, "batch kv_heads keys"]]:
     """The attention over all that the layer holds, the new tokens last, and the attention that every token received.
 
-    Queries go in tiles of 128, so the weights of all queries are never held at once.
+    Queries go in tiles of 128, so the weights of all queries are never held at once. In the sum a query counts 1, or
+    what `counts` says.
     """
     keys, values = layer.store.held("keys"), layer.store.held("values")
     queries, kv_heads = query.shape[2], keys.shape[1]
@@ -180,7 +201,7 @@ def attend_and_sum(
         )
         assert tile.weights is not None
         outs.append(tile.out)
-        total[:, :, :reach] += received(tile.weights, kv_heads)
+        total[:, :, :reach] += received(tile.weights, kv_heads, None if counts is None else counts[start:stop])
     return torch.cat(outs, dim=2), total
 
 

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from regard.attention.attend import attend
 from regard.llm.policies.selected import SelectedLayer, SelectedStore, best, received, some_queries
-from regard.llm.policy import CachePolicy, bytes_per_token, kv_heads
+from regard.llm.policy import CachePolicy, bytes_per_token, kv_heads, require_budget
 from regard.llm.visible import Visible
 
 
@@ -63,6 +63,11 @@ class SnapKV(CachePolicy):
         """The most bytes after `tokens` tokens, of which the first `prompt` came at once: without it, none did."""
         cut = 0 if prompt is None else max(min(prompt, tokens) - self.budget, 0)
         return batch * kv_heads(config) * (tokens - cut) * bytes_per_token(config, itemsize)
+
+    @override
+    def with_budget(self, tokens: int, context: int) -> SnapKV:
+        require_budget(tokens, context)
+        return replace(self, budget=tokens, window=min(self.window, tokens))
 
     @override
     def unlimited(self) -> SnapKV:

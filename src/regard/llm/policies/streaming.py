@@ -14,7 +14,7 @@ from typing_extensions import override
 from regard.attention.attend import attend
 from regard.llm.cache import KVLayer, SinksAndRecentStore, Store
 from regard.llm.policies.selected import some_queries
-from regard.llm.policy import CachePolicy, bytes_per_token, kv_heads
+from regard.llm.policy import CachePolicy, bytes_per_token, kv_heads, require_budget
 from regard.llm.visible import Visible
 
 
@@ -50,6 +50,12 @@ class Streaming(CachePolicy):
         return batch * kv_heads(config) * held * bytes_per_token(config, itemsize)
 
     @override
+    def with_budget(self, tokens: int, context: int) -> Streaming:
+        require_budget(tokens, context)
+        sinks = min(self.sinks, tokens - 1)
+        return replace(self, sinks=sinks, recent=tokens - sinks)
+
+    @override
     def unlimited(self) -> Streaming:
         return replace(self, recent=1 << 40)
 
@@ -64,7 +70,9 @@ class GrowingRing(SinksAndRecentStore):
         self, key: Float[Tensor, "batch heads new dim"], value: Float[Tensor, "batch heads new dim_v"]
     ) -> tuple[Float[Tensor, "batch heads used dim"], Float[Tensor, "batch heads used dim_v"]]:
         needed = min(self.seen + key.shape[2], self.size)
-        self.keys, self.values = self._with_room(self.keys, key, needed), self._with_room(self.values, value, needed)
+        coded_key, coded_value = self.encode(key[:, :, :0], value[:, :, :0])  # what a buffer's rows look like
+        self.keys = self._with_room(self.keys, coded_key, needed)
+        self.values = self._with_room(self.values, coded_value, needed)
         return super().write(key, value)
 
     def _with_room(self, buffer: Tensor | None, new: Tensor, needed: int) -> Tensor:
@@ -133,11 +141,11 @@ class StreamingLayer(KVLayer):
         store = self.store
         positions = torch.arange(visible.first, visible.seen, device=query.device)
         keys, values = key, value
-        if store.keys is not None and store.values is not None:
+        if store.keys is not None:
             held = store.positions(query.device)
             positions = torch.cat([held, positions.expand(*held.shape[:-1], -1)], dim=-1)
-            keys = torch.cat([store.keys[:, :, : store.used], key], dim=2)
-            values = torch.cat([store.values[:, :, : store.used], value], dim=2)
+            held_keys, held_values = store.everything()
+            keys, values = torch.cat([held_keys, key], dim=2), torch.cat([held_values, value], dim=2)
         out = attend(query, keys, values, mask=self._mask(visible, positions), scale=scale)
         store.write(key, value)
         return out

@@ -22,8 +22,9 @@ from tyro.constructors import PrimitiveConstructorSpec
 from regard.attention.attend import attend
 from regard.attention.masks import causal
 from regard.data.files import write_atomically
-from regard.llm.cache import GrowingStore, KVLayer, PolicyCache, SinksAndRecentStore, Store
-from regard.llm.policy import CachePolicy, head_dim, kv_heads
+from regard.llm.cache import KVLayer, PolicyCache, SinksAndRecentStore, Store
+from regard.llm.policy import CachePolicy, head_dim, kv_heads, require_budget
+from regard.llm.split import SplitLayer
 from regard.llm.visible import Visible
 from regard.papers.duo_attention.gates import Gates, binarise, load_gates, save_gates
 from regard.papers.duo_attention.streaming import streaming_attention
@@ -151,6 +152,14 @@ class DuoAttention(CachePolicy):
     def unlimited(self) -> DuoAttention:
         return dataclasses.replace(self, sparsity=0.0)
 
+    @override
+    def with_budget(self, tokens: int, context: int) -> DuoAttention:
+        """The policy with as many retrieval heads as hold, with what the others keep, `tokens` of the context."""
+        require_budget(tokens, context)
+        kept = min(self.sinks + self.window, context)
+        share = 0.0 if kept == context else min(max((tokens - kept) / (context - kept), 0.0), 1.0)
+        return dataclasses.replace(self, sparsity=1.0 - share)
+
     def split(self, cache: PolicyCache) -> PolicyCache:
         """A cache of this policy, as if the prompt had been read under it in one released chunk.
 
@@ -163,12 +172,12 @@ class DuoAttention(CachePolicy):
             raise ValueError(f"cache was made for {len(cache.layers)} layers, the gates for {len(self.retrieval)}")
         layers: list[KVLayer] = []
         for heads, full in zip(self.retrieval.tolist(), cache.layers, strict=True):
-            if not isinstance(full, DuoLayer) or full.streaming is not None or full.full.keys is None:
+            if not isinstance(full, DuoLayer) or full.reduced is not None or full.full.keys is None:
                 raise ValueError("cache must be that of unlimited(), after it has read the prompt")
             layer = DuoLayer(heads, self.sinks, self.window, self.prefill)
             layer.take_over(full)
             layers.append(layer)
-        return PolicyCache(layers)
+        return cache.with_layers(layers)
 
     @override
     def fit(self, model: PreTrainedModel, texts: Sequence[str]) -> DuoAttention:
@@ -198,7 +207,7 @@ class Ring(SinksAndRecentStore):
         """The sinks held so far."""
         assert self.keys is not None and self.values is not None
         held = min(self.sinks, self.used)
-        return self.keys[:, :, :held], self.values[:, :, :held]
+        return self.decode(self.keys[:, :, :held], self.values[:, :, :held])
 
     def first_positions(self, device: Any = None) -> Int[Tensor, " first"] | Int[Tensor, "batch 1 first"]:
         """The positions of the sinks held so far; -1 where a row has none there yet."""
@@ -218,13 +227,11 @@ class Ring(SinksAndRecentStore):
         if self.padding is None:
             place = torch.arange(max(self.seen - number, min(self.sinks, self.seen)), self.seen, device=device)
             slot = self._slot(place)
-            return self.keys.index_select(2, slot), self.values.index_select(2, slot), place
+            return *self.decode(self.keys.index_select(2, slot), self.values.index_select(2, slot)), place
         place = torch.arange(max(self.seen - number, 0), self.seen, device=device)
         local = place - self.padding[:, None]
-        slot = self._slot(local.clamp(min=0))[:, None, :, None]
-        keys = self.keys.gather(2, slot.expand(-1, self.keys.shape[1], -1, self.keys.shape[3]))
-        values = self.values.gather(2, slot.expand(-1, self.values.shape[1], -1, self.values.shape[3]))
-        return keys, values, torch.where(local < self.sinks, -1, place)[:, None]
+        slot = self._slot(local.clamp(min=0))[:, None].expand(-1, self.keys.shape[1], -1)
+        return *self.chosen(slot), torch.where(local < self.sinks, -1, place)[:, None]
 
     def _slot(self, local: Int[Tensor, "*places"]) -> Int[Tensor, "*places"]:
         return torch.where(local < self.sinks, local, self.sinks + (local - self.sinks) % self.recent)
@@ -234,15 +241,12 @@ class Ring(SinksAndRecentStore):
         self.padding, self._still_padding = padding, False
 
 
-class DuoLayer(KVLayer):
+class DuoLayer(SplitLayer):
     """The cache of one layer: a growing store for retrieval heads, a ring after the sinks for streaming heads."""
 
     def __init__(self, retrieval: Sequence[bool], sinks: int, window: int, prefill: Prefill) -> None:
-        super().__init__()
-        self.retrieval = _selection([head for head, keeps in enumerate(retrieval) if keeps])
-        self.streaming = _selection([head for head, keeps in enumerate(retrieval) if not keeps])
+        super().__init__(retrieval)
         self.prefill = prefill
-        self.full = GrowingStore()
         self.ring = Ring(sinks, window)
 
     @property
@@ -253,7 +257,7 @@ class DuoLayer(KVLayer):
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
         """Whether the last tokens can be taken back: as long as the streaming heads have dropped none."""
-        return self.streaming is None or self.ring.seen <= self.ring.size
+        return self.reduced is None or self.ring.seen <= self.ring.size
 
     @override
     def attend(
@@ -269,23 +273,10 @@ class DuoLayer(KVLayer):
         if self.seen == 0 and self.prefill == "released":
             self._keep(key, value)
             return attend(query, key, value, mask=visible.over(), scale=scale)
-        if self.streaming is None:
-            return self._attend_all(query, key, value, visible, scale)
-        if self.retrieval is None:
-            return self._attend_streaming(query, key, value, visible, scale)
-        grouped = query.unflatten(1, (key.shape[1], -1))
-        out = grouped.new_empty(*grouped.shape[:-1], value.shape[-1])
-        for heads, part in ((self.retrieval, self._attend_all), (self.streaming, self._attend_streaming)):
-            of_part = grouped[:, heads]
-            answer = part(of_part.flatten(1, 2), key[:, heads], value[:, heads], visible, scale)
-            out[:, heads] = answer.view(*of_part.shape[:-1], -1)
-        return out.flatten(1, 2)
+        return self.attend_split(query, key, value, visible, scale)
 
-    def _attend_all(self, query: Tensor, key: Tensor, value: Tensor, visible: Visible, scale: float) -> Tensor:
-        keys, values = self.full.append(key, value)
-        return attend(query, keys, values, mask=visible.over(), scale=scale)
-
-    def _attend_streaming(self, query: Tensor, key: Tensor, value: Tensor, visible: Visible, scale: float) -> Tensor:
+    @override
+    def attend_reduced(self, query: Tensor, key: Tensor, value: Tensor, visible: Visible, scale: float) -> Tensor:
         ring = self.ring
         plain = visible.plain and ring.padding is None
         if query.shape[2] == 1:  # all that the ring holds then is what the new token may see
@@ -315,39 +306,22 @@ class DuoLayer(KVLayer):
 
     def _keep(self, key: Tensor, value: Tensor) -> None:
         """Takes in the first chunk, once all its heads have seen it."""
-        if self.retrieval is not None:
-            self.full.append(key[:, self.retrieval], value[:, self.retrieval])
-        if self.streaming is not None:
-            self.ring.write(key[:, self.streaming], value[:, self.streaming])
+        if self.whole is not None:
+            self.full.append(key[:, self.whole], value[:, self.whole])
+        if self.reduced is not None:
+            self.ring.write(key[:, self.reduced], value[:, self.reduced])
 
     def take_over(self, other: DuoLayer) -> None:
         """Holds what it would hold, had it been given the tokens that `other` holds for all heads."""
-        used = other.full.used
-        keys, values = other.full.keys, other.full.values
-        assert keys is not None and values is not None
+        keys, values = other.full.everything()
         self.lazy_initialization(keys, values)
         self.ring.follow(other.ring.padding)
-        self._keep(keys[:, :, :used], values[:, :, :used])
+        self._keep(keys, values)
         self.seen = other.seen
 
     @override
-    def crop(self, tokens_to_remove: int) -> None:
-        removed = abs(tokens_to_remove)
-        if self.streaming is not None and removed:
-            self.ring.crop(removed)
-        if self.retrieval is not None:
-            self.full.crop(removed)
-        self.seen = max(self.seen - removed, 0)
-
-
-def _selection(heads: list[int]) -> slice | Int[Tensor, " chosen"] | None:
-    """An index that picks the heads: a slice, which copies nothing, where they are evenly spaced; None for no head."""
-    if not heads:
-        return None
-    step = heads[1] - heads[0] if len(heads) > 1 else 1
-    if heads == list(range(heads[0], heads[-1] + 1, step)):
-        return slice(heads[0], heads[-1] + 1, step)
-    return torch.tensor(heads)
+    def crop_reduced(self, tokens: int) -> None:
+        self.ring.crop(tokens)
 
 
 _masks: WeakKeyDictionary[Visible, Bool[Tensor, "rows heads 1 keys"]] = WeakKeyDictionary()

@@ -7,18 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from matplotlib.figure import Figure
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from regard.attention.masks import sinks_and_window
 from regard.llm import use
-from regard.llm.cache import PolicyCache
 from regard.llm.heads import capture
 from regard.llm.load import Loaded, load
-from regard.llm.longcontext import Haystack, Prompt, passkeys
+from regard.llm.longcontext import Haystack, Prompt, passkeys, recite_tails
 from regard.llm.policy import kv_heads
 from regard.paper import Claim, Run
 from regard.papers.duo_attention.cache_policy import DuoAttention
@@ -131,30 +129,15 @@ def recite(
         with use(model, everything):
             model(torch.stack([prompt.context for prompt in some]), past_key_values=read, logits_to_keep=1)
         for name, policy in run.progress(list(policies.items()), "choices of heads"):
-            loss, hit = _recite_tails(model, some, policy, policy.split(read), run)
-            losses[name].append(loss)
-            hits[name].append(hit)
+            loss, hit = recite_tails(
+                model, some, policy, policy.split(read), steps=lambda each: run.progress(each, "decoding")
+            )
+            losses[name] += loss
+            hits[name] += hit
     return {
         name: Score(torch.cat(losses[name]).mean().item(), torch.cat(hits[name]).float().mean().item())
         for name in policies
     }
-
-
-def _recite_tails(
-    model: PreTrainedModel, prompts: Sequence[Prompt], policy: DuoAttention, cache: PolicyCache, run: Run
-) -> tuple[Float[Tensor, " scored"], Bool[Tensor, " scored"]]:
-    """Loss of every passkey token, and whether it was the most likely one; shorter tails end in tokens not counted."""
-    tail = nn.utils.rnn.pad_sequence([prompt.tail for prompt in prompts], batch_first=True)
-    scored = nn.utils.rnn.pad_sequence([prompt.scored for prompt in prompts], batch_first=True)[:, 1:]
-    losses, hits = [], []
-    with use(model, policy):
-        for token, following in run.progress(
-            list(zip(tail.T[:-1, :, None], tail.T[1:], strict=True)), "decoding token by token"
-        ):
-            logits = model(token, past_key_values=cache).logits[:, 0].float()
-            losses.append(F.cross_entropy(logits, following, reduction="none"))
-            hits.append(logits.argmax(-1) == following)
-    return torch.stack(losses, dim=1)[scored], torch.stack(hits, dim=1)[scored]
 
 
 @torch.no_grad()
