@@ -81,6 +81,17 @@ def test_every_policy_runs(ask, name, tmp_path):
     assert ("bookkeeping" in err) == (name in ("h2o", "snapkv"))
 
 
+def test_any_policy_stores_in_fewer_bits(ask):
+    held = {}
+    for bits in ([], ["--kv-bits", 8], ["--kv-bits", 4]):
+        words = ["--prompt", "word " * 30, "--max-new-tokens", 3, "--policy", "streaming", "--recent", 20, "--json"]
+        code, out, _ = ask(*words, *bits)
+        assert code == 0
+        held[str(bits[-1:])] = json.loads(out)["bytes_held"]
+    assert held == {"[]": 24 * 2 * 6 * 32, "[8]": 24 * 2 * 6 * 16, "[4]": 24 * 2 * 6 * 8}
+    assert ask("--prompt", "a", "--kv-bits", 3)[::2] == (2, "regard: --kv-bits must be 8 or 4, got 3\n")
+
+
 def test_the_baselines_are_those_that_there_are():
     from regard.llm.policies import POLICIES
 

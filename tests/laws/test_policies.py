@@ -210,6 +210,26 @@ def test_what_is_dropped_is_freed(make):
     assert cache.bytes_held <= policy.promised_bytes(model.config, 1, 600)
 
 
+@every_policy
+def test_a_budget_is_about_what_is_held(make):
+    """Of a policy that holds everything it is what most steps read, which its own tests count."""
+    model, context = model_of("llama"), 400
+    token = 2 * model.config.num_key_value_heads * 8 * 4 * LAYERS
+    for tokens_held in (100, 200):
+        policy = make(model.config).with_budget(tokens_held, context)
+        assert type(policy) is type(make(model.config))
+        with use(model, policy):
+            cache = policy.cache(model)
+            fed(model, cache, tokens(1, context), [context - 1, 1])
+        held = cache.bytes_held / token
+        assert held == context or held <= tokens_held + context / 16
+        assert held >= 0.5 * tokens_held  # heads come in whole ones
+    for wrong in ((0, 10), (10, 0)):
+        if "with_budget" in vars(type(policy)):
+            with pytest.raises(ValueError, match="must be at least 1 token, got 0"):
+                policy.with_budget(*wrong)
+
+
 # Chunks, turns, rows
 
 
@@ -350,6 +370,12 @@ def test_what_does_not_fit_is_refused(make):
         fed(model, cache, ids, [TOKENS])
         with pytest.raises(ValueError, match="holds a batch of 2, got 1"):
             model(ids[:1, :1], past_key_values=cache)
+        other = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+        foreign = policy.cache(other)
+        with use(other, policy):
+            fed(other, foreign, ids, [TOKENS])
+        with pytest.raises(ValueError, match="was made for another model"):
+            model(ids[:, :1], past_key_values=foreign)
         fewer = PolicyCache(policy.cache(model).layers[:1])
         with pytest.raises(ValueError, match="made for 1 layers, the model has 2"):
             model(ids, past_key_values=fewer)

@@ -1,4 +1,4 @@
-"""`regard bench`: attention kernels, or sequence mixers, side by side."""
+"""`regard bench`: attention kernels, cache policies, or sequence mixers, side by side."""
 
 # Annotations are evaluated here, not postponed: the type of the options is known only at run time.
 from collections.abc import Callable, Sequence
@@ -32,6 +32,12 @@ BENCHES = {
         "bench_attention",
         "Attention kernels side by side: time against length.",
     ),
+    "llm": Bench(
+        "regard.evidence.llm_bench",
+        "LLMBench",
+        "bench_llm",
+        "Cache policies side by side on one language model: what they find, predict and hold, and what a token costs.",
+    ),
     "mixers": Bench(
         "regard.evidence.mixer_bench",
         "MixerBench",
@@ -64,7 +70,7 @@ def main(argv: list[str]) -> int:
     name, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     if name in ("-h", "--help"):
         width = max(map(len, BENCHES))
-        print("usage: regard bench {attention,mixers} [options]\n")
+        print("usage: regard bench {attention,llm,mixers} [options]\n")
         print("\n".join(f"  {key:<{width}}  {bench.description}" for key, bench in BENCHES.items()))
         return 0
     if name not in BENCHES:

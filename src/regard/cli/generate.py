@@ -34,6 +34,7 @@ _TEXT: Any = PrimitiveConstructorSpec(
 )
 _NO_DEFAULT: Any = tyro.conf.arg(help_behavior_hint="")
 _FILE: Any = tyro.conf.arg(metavar="FILE", help_behavior_hint="")
+_BITS: Any = tyro.conf.arg(metavar="BITS", help_behavior_hint="(default: as they come)")
 _CHUNK: Any = tyro.conf.arg(metavar="INT", help_behavior_hint="(default: all where the policy needs that, else 512)")
 
 
@@ -45,6 +46,8 @@ class Options:
     """A folder with a Hugging Face model, a .gguf file, the id of a downloaded model, or smollm2, which is built in."""
     policy: Annotated[str, tyro.conf.arg(metavar="NAME")] = "full"
     """What the key-value cache keeps; with --help, that policy's options are shown too."""
+    kv_bits: Annotated[int | None, _BITS] = None
+    """Bits of every number of the keys and values that the policy keeps: 8 or 4."""
     prompt: Annotated[str | None, _TEXT, _NO_DEFAULT] = None
     """The text to answer; this or --prompt-file is needed."""
     prompt_file: Annotated[Path | None, _FILE] = None
@@ -80,9 +83,11 @@ def main(argv: list[str]) -> int:
     text = prompt_of(options)
     sampling = _checked(options)
     from regard.llm.generate import Generation, encode
-    from regard.llm.policies import Full
+    from regard.llm.policies import Full, Quantised
 
     policy = policy or Full()
+    if options.kv_bits is not None:
+        policy = Quantised(policy, options.kv_bits)
     pieces = []
     with progress() as display:
         loading = display.add_task(f"loading {options.model}", total=None)
@@ -212,6 +217,8 @@ def _checked(options: Options) -> "Sampling":
         raise UsageError(f"--prefill-chunk must be at least 1, got {options.prefill_chunk}")
     if options.dtype not in DTYPES:
         raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
+    if options.kv_bits not in (None, 8, 4):
+        raise UsageError(f"--kv-bits must be 8 or 4, got {options.kv_bits}")
     check_device(options.device)
     from regard.llm.generate import Sampling
 

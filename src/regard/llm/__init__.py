@@ -3,7 +3,7 @@
 from regard.llm.attach import attach
 from regard.llm.cache import KVLayer, PolicyCache
 from regard.llm.load import Loaded, chat, load
-from regard.llm.policies import H2O, Full, SnapKV, Streaming
+from regard.llm.policies import H2O, Full, Quantised, SnapKV, Streaming
 from regard.llm.policy import CachePolicy
 from regard.llm.use import use
 
@@ -14,6 +14,7 @@ __all__ = [
     "KVLayer",
     "Loaded",
     "PolicyCache",
+    "Quantised",
     "SnapKV",
     "Streaming",
     "attach",

@@ -6,11 +6,12 @@ from transformers import PretrainedConfig
 
 from regard.llm.policies.full import Full
 from regard.llm.policies.h2o import H2O
+from regard.llm.policies.quantised import Quantised
 from regard.llm.policies.snapkv import SnapKV
 from regard.llm.policies.streaming import Streaming
 from regard.llm.policy import CachePolicy
 
-__all__ = ["H2O", "POLICIES", "POLICY_EXAMPLES", "Full", "SnapKV", "Streaming"]
+__all__ = ["H2O", "POLICIES", "POLICY_EXAMPLES", "Full", "Quantised", "SnapKV", "Streaming"]
 
 POLICIES: dict[str, type[CachePolicy]] = {"full": Full, "streaming": Streaming, "h2o": H2O, "snapkv": SnapKV}
 """The baselines by the names that `regard generate --policy` takes."""

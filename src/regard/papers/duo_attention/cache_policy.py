@@ -154,11 +154,16 @@ class DuoAttention(CachePolicy):
 
     @override
     def with_budget(self, tokens: int, context: int) -> DuoAttention:
-        """The policy with as many retrieval heads as hold, with what the others keep, `tokens` of the context."""
+        """The policy with as many retrieval heads as hold, with what the others keep, `tokens` of the context.
+
+        The others keep no more than the gates were trained with, nor than the budget.
+        """
         require_budget(tokens, context)
-        kept = min(self.sinks + self.window, context)
-        share = 0.0 if kept == context else min(max((tokens - kept) / (context - kept), 0.0), 1.0)
-        return dataclasses.replace(self, sparsity=1.0 - share)
+        sinks = min(self.sinks, self.gates.sinks, tokens - 1)
+        policy = dataclasses.replace(self, sinks=sinks, recent=min(self.recent, self.gates.recent, tokens - sinks))
+        kept = min(policy.sinks + policy.window, context)
+        share = 1.0 if kept == context else min(max((tokens - kept) / (context - kept), 0.0), 1.0)
+        return dataclasses.replace(policy, sparsity=1.0 - share)
 
     def split(self, cache: PolicyCache) -> PolicyCache:
         """A cache of this policy, as if the prompt had been read under it in one released chunk.
