@@ -19,9 +19,11 @@ from transformers import PreTrainedModel
 from llm import one_step
 from regard.data.text import python_reference
 from regard.evidence.store import write_json
-from regard.llm import H2O, CachePolicy, Full, SnapKV, load, use
+from regard.llm import H2O, CachePolicy, Full, Quantised, SnapKV, load, use
 from regard.llm.longcontext import Haystack, Prompt, bytes_held, new_cache, passkeys, read, recall
+from regard.papers.a2sf import A2SF
 from regard.papers.duo_attention import DuoAttention
+from regard.papers.razor_attention import RazorAttention
 
 HERE = Path(__file__).parent
 PEER = HERE / "peers" / "kvpress"
@@ -31,11 +33,19 @@ DECODE_CONTEXT, DECODE_STEPS, THREADS = 4096, 48, 2
 
 
 def policies(budget: int) -> dict[str, CachePolicy | None]:
-    """Ours, at about `budget` tokens of every head; DuoAttention sets the budget."""
+    """Ours, at about `budget` tokens of every head; DuoAttention sets the budget.
+
+    The policies that hold everything, and read a part of it, are compared in `llm.py`.
+    """
+    duo = DuoAttention.pretrained()
     return {
         "untouched model": None,
         "full": Full(),
-        "duo_attention": DuoAttention.pretrained(),
+        "full, 8 bits": Quantised(Full(), bits=8),
+        "duo_attention": duo,
+        "duo_attention, 8 bits": Quantised(duo, bits=8),
+        "razor_attention": RazorAttention().with_budget(budget, CONTEXT),
+        "a2sf": A2SF().with_budget(budget, CONTEXT),
         "snapkv": SnapKV(budget=budget),
         "h2o": H2O(budget=budget),
     }
