@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from regard.data.text import python_reference
-from regard.evidence.store import write_json
 from regard.evidence.llm_bench import find_policies
+from regard.evidence.store import write_json
 from regard.llm import CachePolicy, Full, Quantised, load, use
 from regard.llm.longcontext import Haystack, bytes_held, new_cache, read
 

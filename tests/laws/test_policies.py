@@ -272,6 +272,17 @@ def test_a_batch_of_two_is_two_batches_of_one(make, name):
 
 
 @every_policy
+def test_a_padded_prompt_of_several_tiles_is_that_of_a_row_alone(make):
+    """Attention is summed up in tiles of 128 queries, and long chunks go through in blocks."""
+    model, ids = model_of("llama"), tokens(2, 303)
+    policy, chunks = make(model.config), [300, 1, 2]
+    both = fresh(model, policy, ids, chunks, left_padded(ids, 0, 5))
+    torch.testing.assert_close(both[:1], fresh(model, policy, ids[:1], chunks), **CLOSE)
+    alone = fresh(model, policy, ids[1:, 5:], [295, 1, 2])
+    torch.testing.assert_close(both[1:, 5:], alone, **CLOSE)
+
+
+@every_policy
 def test_rows_follow_the_beams(make):
     model, ids = model_of("llama"), tokens(2)
     policy, mask, more = make(model.config), left_padded(ids, 0, 5), tokens(2, 4, seed=8)

@@ -152,10 +152,11 @@ class SelectedLayer(KVLayer):
 
 
 def some_queries(visible: Visible, start: int, stop: int) -> Visible:
-    """The visibility of the queries `start` to `stop - 1` of a forward pass, as if they were its last."""
-    seen = visible.first + stop
-    padding = None if visible.padding is None else visible.padding[:, :seen]
-    return Visible(visible.rule, visible.first + start, stop - start, padding, visible.device)
+    """The visibility of the queries `start` to `stop - 1` of a forward pass, as if they were its last.
+
+    Its padding goes on to the end of the pass, for the later tokens may be held already.
+    """
+    return Visible(visible.rule, visible.first + start, stop - start, visible.padding, visible.device)
 
 
 def received(
