@@ -63,7 +63,10 @@ def test_the_chat_format_is_used_unless_it_is_switched_off(ask):
     assert told == chat + len("system: None") + 2
 
 
-@pytest.mark.parametrize("name", [*generate.BASELINES, "duo_attention"])
+ROOMS = "a2sf", "duo_attention", "razor_attention", "recycled_attention", "tidal_decode"
+
+
+@pytest.mark.parametrize("name", [*generate.BASELINES, *ROOMS])
 def test_every_policy_runs(ask, name, tmp_path):
     words = ["--policy", name]
     if name == "duo_attention":
@@ -73,12 +76,23 @@ def test_every_policy_runs(ask, name, tmp_path):
 
         save_gates(random_gates(3, 2, torch.Generator().manual_seed(0)), tmp_path)
         words += ["--gates", tmp_path, "--sparsity", 0.5, "--sinks", 2, "--recent", 8]
-    options = {"streaming": ["--recent", 20], "h2o": ["--budget", 20], "snapkv": ["--budget", 20, "--window", 4]}
+    if name == "razor_attention":
+        (tmp_path / "heads.json").write_text(json.dumps({"layers": 3, "kv_heads": 2, "heads": [[1, 0]]}))
+        words += ["--heads", tmp_path, "--recent", 20, "--trim-every", 4]
+    options = {
+        "streaming": ["--recent", 20],
+        "h2o": ["--budget", 20],
+        "snapkv": ["--budget", 20, "--window", 4],
+        "a2sf": ["--budget", 20, "--recent", 4],
+        "recycled_attention": ["--budget", 20],
+        "tidal_decode": ["--budget", 20, "--select", 0, "--reselect", 1],
+    }
     code, _, err = ask("--prompt", "word " * 30, "--max-new-tokens", 3, *words, *options.get(name, []))
     assert code == 0
-    if name != "full":
-        assert " held (full attention: " in err
-    assert ("bookkeeping" in err) == (name in ("h2o", "snapkv"))
+    holds_everything = name in ("full", "recycled_attention", "tidal_decode")
+    assert (" held (full attention: " in err) == (not holds_everything)
+    remembers_positions = name in ("h2o", "snapkv", "a2sf", "razor_attention", "recycled_attention")
+    assert ("bookkeeping" in err) == remembers_positions
 
 
 def test_any_policy_stores_in_fewer_bits(ask):
