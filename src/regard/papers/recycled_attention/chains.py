@@ -62,11 +62,12 @@ class ChainTraining:
 
     stages: tuple[tuple[int, int, int], ...] = ((8, 8, 32), (16, 16, 16), (32, 16, 8))
     """Keys of the list, links of the chain and sequences in a step, of each stage in turn."""
-    most_steps: int = 1500
+    most_steps: int = 3000
     """Of a stage, whether or not it is mastered."""
     mastered: float = 0.99
     """Share of the looked-up symbols, over 20 steps, with which a stage ends."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
+    """At twice that, some seeds never leave the plateau on which a lookup is a guess among the keys listed."""
 
 
 def little_model() -> PreTrainedModel:

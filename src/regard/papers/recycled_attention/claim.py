@@ -29,6 +29,8 @@ WINDOW = 32
 PASSAGES, TEXT, CONTINUATION, TEXT_BUDGET, TEXT_STRIDE = 6, 1024, 256, 128, 10
 CHAINS, CHAIN_ROWS, CHAIN_STRIDE = Chains(keys=32, links=8), 200, 2
 CHAIN_BUDGET = CHAINS.prompt // 4
+FIRST_CHAIN_SEED = 1000
+"""Of a run's first seed. With seed 0 an earlier recipe's model did not learn the task, which led to the present one."""
 KEY = 3
 """Tokens of a key: two symbols and a comma. With a full step every 2, every other symbol is looked up in one."""
 LABELS = {
@@ -204,8 +206,9 @@ def refreshed_keeps_up(seeds: Sequence[Mapping[str, float]]) -> bool:
 
 def measure_chains(run: Run) -> dict[str, float]:
     """The share of keys whose second symbol is right, by the key's place in the chain, of every system."""
-    model = learn_chains(run.seed, progress=lambda steps, name: run.progress(steps, name)).to(run.device)
-    sequences = CHAINS.draw(CHAIN_ROWS, torch.Generator().manual_seed(run.seed + (1 << 20))).to(run.device)
+    seed = FIRST_CHAIN_SEED + run.seed
+    model = learn_chains(seed, progress=lambda steps, name: run.progress(steps, name)).to(run.device)
+    sequences = CHAINS.draw(CHAIN_ROWS, torch.Generator().manual_seed(seed + (1 << 20))).to(run.device)
     policies: dict[str, CachePolicy] = {
         "full": Full(),
         "ours": RecycledAttention(budget=CHAIN_BUDGET, stride=CHAIN_STRIDE),
