@@ -85,8 +85,9 @@ def _measure_forgetting(run: Run) -> dict[str, float]:
         perplexity[name] = _perplexity(losses_under(model, policy, held_out))
     with attach(model, ideal_attention(main["a2s"].budget + 1)):
         perplexity[f"ideal_{MAIN}"] = _perplexity(later_losses(model, held_out))
-    for share in SHARES:
-        perplexity[f"best_{share}"] = perplexity[f"a2sf_{chosen}_{share}"]
+    for share in SHARES:  # seeds may choose different factors, and all must measure the same
+        best = f"a2sf_{chosen}_{share}"
+        perplexity[f"best_{share}"] = perplexity[best] if share == MAIN else perplexity.pop(best)
     similarity = {name: value for name, value in looked.items() if name.startswith("similarity")}
     run.figure("perplexity", draw_perplexity(perplexity))
     run.figure("similarity", draw_similarity(similarity))
@@ -209,6 +210,9 @@ def draw_perplexity(perplexity: Mapping[str, float]) -> Figure:
         points = [(share, perplexity[f"{name}_{share}"]) for share in SHARES if f"{name}_{share}" in perplexity]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=label)
+    axes.plot(
+        SHARES, [perplexity[f"best_{share}"] for share in SHARES], marker="o", label="A2SF, factor found on other text"
+    )
     axes.set(xlabel="tokens held, share of the length", ylabel="perplexity of the second half", xticks=SHARES)
     axes.set_yscale("log")
     axes.set_title(f"{PASSAGES} passages of {LENGTH} tokens, every token a step with eviction")
