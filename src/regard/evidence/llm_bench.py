@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regard import papers
-from regard.evidence.staleness import syntax_hash
+from regard.evidence.staleness import code_digest, digest
 from regard.evidence.store import read_json, write_json
 from regard.paper import Run
 
@@ -105,7 +103,7 @@ def bench_llm(options: LLMBench, run: Run) -> Path:
     loaded = load(options.model, device=run.device)
     policies = _made(kinds, options, loaded, source)
     path = run.workdir / "llm.json"
-    basis = {"seed": run.seed, "device": run.device, "text": _digest(source), "model": options.model}
+    basis = {"seed": run.seed, "device": run.device, "text": digest(source), "model": options.model}
     basis |= {"prompts": options.prompts, "continuation": options.continuation, "bits": options.kv_bits}
     stored = read_json(path) if path.exists() else {}
     results: dict[str, Any] = stored.get("results", {}) if stored.get("settings") == basis else {}
@@ -118,7 +116,7 @@ def bench_llm(options: LLMBench, run: Run) -> Path:
     shown = [key for key, *_ in wanted]
     made: dict[int, Any] = {}
     for key, name, policy, context, tokens in run.progress(wanted, "policies and budgets"):
-        code = _digest(_code_of(name) + repr(policy))
+        code = digest(_code_of(name) + repr(policy))
         if results.get(key, {}).get("code") == code:
             continue
         if context not in made:
@@ -180,15 +178,7 @@ def _code_of(name: str) -> str:
     for paper in papers.all():
         if "cache_policy" in paper.provides and name in import_module(paper.module).POLICIES:
             folders.append(paper.folder)
-    files = [Path(__file__).with_name("llm_measurements.py"), *(f for d in folders for f in sorted(d.rglob("*.py")))]
-    return _digest("".join(_syntax_hash(file.read_text(encoding="utf-8")) for file in files))
-
-
-_syntax_hash = cache(syntax_hash)  # what rooms share is parsed once, not once per policy
-
-
-def _digest(content: str) -> str:
-    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return code_digest(Path(__file__).with_name("llm_measurements.py"), *folders)
 
 
 def _write(path: Path, settings: Mapping[str, Any], asked: Sequence[str], results: Mapping[str, Any]) -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regard import papers
-from regard.evidence.staleness import syntax_hash
+from regard.evidence.staleness import code_digest, digest
 from regard.evidence.store import read_json, write_json
 from regard.paper import Run
 
@@ -111,7 +109,7 @@ def bench_mixers(options: MixerBench, run: Run) -> Path:
     recall_task.check()
 
     path = run.workdir / "mixers.json"
-    basis = {**asdict(replace(options, only=())), "seed": run.seed, "device": run.device, "text": _digest(source)}
+    basis = {**asdict(replace(options, only=())), "seed": run.seed, "device": run.device, "text": digest(source)}
     stored = read_json(path) if path.exists() else {}
     results: dict[str, Any] = stored.get("results", {}) if stored.get("settings") == _plain(basis) else {}
     for name, maker in makers.items():
@@ -185,15 +183,7 @@ def _code_of(name: str) -> str:
     folders = [house / "attention", house / "blocks"]
     if name != BASELINE:
         folders.append(papers.get(name.partition(".")[0]).folder)
-    files = [Path(__file__).with_name("mixer_measurements.py"), *(f for d in folders for f in sorted(d.rglob("*.py")))]
-    return _digest("".join(_syntax_hash(file.read_text(encoding="utf-8")) for file in files))
-
-
-_syntax_hash = cache(syntax_hash)  # what rooms share is parsed once, not once per mixer
-
-
-def _digest(content: str) -> str:
-    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return code_digest(Path(__file__).with_name("mixer_measurements.py"), *folders)
 
 
 def _plain(value: Any) -> Any:
