@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from regard.evidence.staleness import syntax_hash
+from regard.evidence.staleness import code_digest
 from regard.evidence.store import read_json, write_json
 from regard.evidence.timing import in_turn, ratio
 from regard.paper import Run
@@ -161,9 +160,7 @@ def _has(results: Mapping[str, Any], tokens: int, ways: Sequence[str]) -> bool:
 def _code() -> str:
     """A hash of the code that is measured, and of this file."""
     here = Path(__file__)
-    files = [here, *sorted((here.parents[1] / "attention").glob("*.py"))]
-    hashes = "".join(syntax_hash(file.read_text(encoding="utf-8")) for file in files)
-    return hashlib.sha256(hashes.encode()).hexdigest()[:16]
+    return code_digest(here, here.parents[1] / "attention")
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

@@ -47,9 +47,8 @@ class LLMBench:
     """Text to hide things in: a file or folder of .txt, .md or .jsonl; the Python reference when not given."""
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "continuation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.prompts < 1:
+            raise ValueError(f"prompts must be at least 1, got {self.prompts}")
         if self.continuation < 2:
             raise ValueError(f"continuation must be at least 2 tokens, got {self.continuation}")
         if not self.contexts or min(self.contexts) < 300:
